@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Times PyTorch on the training step that gpt-wgpu times: forward, backward, clip, AdamW, without gradient accumulation.
+
+    pip install torch numpy
+    python scripts/bench_pytorch.py --device mps --config configs/shakespeare_char.toml --json pytorch.json
+    python scripts/bench_pytorch.py --device cuda --dtype bf16 --compile --batch_size 16
+    python scripts/bench_pytorch.py --check tests/golden/gpt_bias.safetensors
+
+The device is waited for after every iteration, and each is one sample. The tokens are random, lie on the device before the
+clock starts, and so a loss stays near ln(vocab_size). A shape comes from a flag, else from --config, else it is GPT-2 124M's.
+The JSON is docs/bench-schema.md's, for `gpt-wgpu compare`.
+--check needs `safetensors`: it compares the loss and the logits of a golden file with this model's, and times nothing.
+"""
+
+import time
+
+START = time.perf_counter()  # time_to_first_step_s counts the import of torch: a user waits for it too
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import tomllib
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from gpt_torch import GPT, GPTConfig, decay_groups, load_hf
+
+SHAPES = {f.name: f.default for f in fields(GPTConfig) if f.name != "gelu"} | {"batch_size": 12}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def boolean(text):
+    """argparse's type for --bias, --bias true, --bias=False."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def parse_args():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--device", choices=["cpu", "cuda", "mps"], help="the best that is there, unless given")
+    ap.add_argument("--dtype", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="bf16, fp16: autocast (%(default)s)")
+    ap.add_argument("--compile", action="store_true", help="torch.compile the model")
+    ap.add_argument("--config", type=Path, metavar="TOML", help="nanoGPT's names, in whatever tables; other keys are ignored")
+    for name, default in SHAPES.items():
+        kind = dict(type=boolean, nargs="?", const=True) if type(default) is bool else dict(type=type(default))
+        ap.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **kind, help=f"({default})")
+    ap.add_argument("--warmup", type=int, default=5, help="iterations before the timed ones, at least 1 (%(default)s)")
+    ap.add_argument("--iters", type=int, default=20, help="timed iterations (%(default)s)")
+    ap.add_argument("--threads", type=int, help="CPU threads of PyTorch")
+    ap.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    ap.add_argument("--check", type=Path, metavar="GOLDEN", help="compare with a golden file, and exit with 0 or 1")
+    args = ap.parse_args()
+    if args.warmup < 1 or args.iters < 1:
+        ap.error("--warmup and --iters must be at least 1")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = args.device or next(d for d, there in available.items() if there)
+    if not available[args.device]:
+        ap.error(f"--device {args.device}: this PyTorch ({torch.__version__}) finds none")
+    if args.dtype == "tf32" and args.device != "cuda":
+        ap.error("--dtype tf32 exists on --device cuda only")
+    return args
+
+
+def shapes(args):
+    """The model's keys and batch_size: defaults, then the config file, then the flags."""
+    out = dict(SHAPES)
+    if args.config:
+        doc = tomllib.loads(args.config.read_text())
+        for table in [doc, *(v for v in doc.values() if isinstance(v, dict))]:
+            out |= {k: type(SHAPES[k])(v) for k, v in table.items() if k in SHAPES}
+    return out | {k: v for k, v in vars(args).items() if k in SHAPES and v is not None}
+
+
+def synchronise(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def cpu_name():
+    """The processor as its system calls it; the standard library often knows no more than the architecture."""
+    try:
+        if sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        if sys.platform == "darwin":
+            return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+    except (OSError, StopIteration, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+def os_name():
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return f"{platform.system()} {platform.release()}"
+
+
+def driver(device):
+    """What stands between PyTorch and the device, with versions, as far as it tells; None for the CPU."""
+    if device == "mps":
+        return f"Metal of macOS {platform.mac_ver()[0]}"
+    if device == "cuda":
+        runtime = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        try:
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            return f"{runtime}, driver {subprocess.check_output(query, text=True).splitlines()[0].strip()}"
+        except (OSError, IndexError, subprocess.SubprocessError):
+            return runtime
+    return None
+
+
+def fused_adamw(groups, **options):
+    """AdamW, fused where this PyTorch has it for the device; and whether it is."""
+    try:
+        return torch.optim.AdamW(groups, **options, fused=True), True
+    except RuntimeError:
+        return torch.optim.AdamW(groups, **options), False
+
+
+def bench(args):
+    """Runs warm-up and timed iterations; returns the result as the JSON has it."""
+    config, device = shapes(args), args.device
+    B = config["batch_size"]
+    torch.manual_seed(1337)
+    # As nanoGPT does, TF32 is allowed beside autocast; fp32 means fp32.
+    torch.set_float32_matmul_precision("highest" if args.dtype == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = args.dtype != "fp32"
+    cfg = GPTConfig(**{k: v for k, v in config.items() if k != "batch_size"})
+    model = GPT(cfg).to(device).train()
+    step_model = torch.compile(model) if args.compile else model
+    autocast = torch.autocast(device, AUTOCAST[args.dtype]) if args.dtype in AUTOCAST else nullcontext()
+    scaler = torch.amp.GradScaler(device, enabled=args.dtype == "fp16")
+    optim, fused = fused_adamw(decay_groups(model, 0.1), lr=6e-4, betas=(0.9, 0.95))
+    text = torch.randint(cfg.vocab_size, (8, B, cfg.block_size + 1)).to(device)  # eight batches, used in turn
+    xs, ys = text[..., :-1].contiguous(), text[..., 1:].contiguous()
+
+    def step(it):
+        with autocast:
+            _, loss = step_model(xs[it % 8], ys[it % 8])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optim)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optim)
+        scaler.update()
+        optim.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    samples, losses = [], []
+    for it in range(args.warmup + args.iters):
+        if device == "cuda" and it == args.warmup:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        losses.append(step(it))
+        synchronise(device)
+        samples.append(1e3 * (time.perf_counter() - start))
+        if it == 0:
+            first = time.perf_counter() - START
+    samples, losses = samples[args.warmup:], torch.stack(losses[args.warmup:]).tolist()
+    if not all(map(math.isfinite, losses)):
+        sys.exit(f"a loss is not finite, so the times mean nothing: {losses}")
+
+    median, cpu = statistics.median(samples), cpu_name()
+    gpu = torch.cuda.get_device_properties() if device == "cuda" else None
+    products = {
+        "tf32": "f32 inputs cut to TF32, f32 sums",
+        "bf16": "autocast: bf16 inputs, f32 sums, f32 weights",
+        "fp16": "autocast: f16 inputs, f32 sums, f32 weights, loss scaled",
+    }
+    return {
+        "schema": "gpt-wgpu-bench",
+        "version": 1,
+        "program": "pytorch",
+        "program_version": torch.__version__,
+        "commit": torch.version.git_version,
+        "machine": {"os": os_name(), "arch": platform.machine(), "cpu": cpu, "threads": torch.get_num_threads()},
+        "device": {
+            "backend": device,
+            "name": gpu.name if gpu else cpu,
+            "driver": driver(device),
+            "memory_bytes": gpu.total_memory if gpu else None,
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "dtype": args.dtype,
+        "products": products.get(args.dtype),
+        "kernels": f"scaled_dot_product_attention, {'fused' if fused else 'unfused'} AdamW",
+        "compiled": args.compile,
+        "config": config | {"gelu": cfg.gelu, "gradient_accumulation_steps": 1},
+        "warmup": args.warmup,
+        "samples_ms": samples,
+        "median_ms": median,
+        "min_ms": min(samples),
+        "max_ms": max(samples),
+        "tokens_per_s": B * cfg.block_size / median * 1e3,
+        "mfu_measured": None,
+        "mfu_published": None,
+        "time_to_first_step_s": first,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,  # of the timed iterations
+        "energy": None,
+        "energy_reason": "bench_pytorch.py does not measure it",
+        "ops": None,
+        "timer": "host clock",
+        "losses": losses,  # of the timed iterations
+    }
+
+
+def check(args, tolerance=1e-5):
+    """Whether this model gives the golden's loss and logits in fp32, by absolute difference."""
+    from safetensors import safe_open
+
+    def read(path):
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+
+    torch.set_float32_matmul_precision("highest")
+    golden, meta = read(args.check)
+    source = read(args.check.parent / meta["params_from"])[0] if "params_from" in meta else golden
+    cfg = GPTConfig(**{f.name: meta[f.name] if f.type is str else json.loads(meta[f.name]) for f in fields(GPTConfig)})
+    model = GPT(cfg).eval()
+    load_hf(model, {k.removeprefix("param."): v for k, v in source.items() if k.startswith("param.")})
+    model.to(args.device)
+    with torch.no_grad():
+        logits, loss = model(golden["tokens"].long().to(args.device), golden["targets"].long().to(args.device))
+    worst = {"loss": (loss.cpu() - golden["loss"]).abs().max(), "logits": (logits.cpu() - golden["logits"]).abs().max()}
+    ok = all(diff <= tolerance for diff in worst.values())  # false for nan
+    for name, diff in worst.items():
+        print(f"{name:6} differs by {diff:.2e} at most (allowed {tolerance:.0e})")
+    print(f"{'PASS' if ok else 'FAIL'} {args.check} on {args.device}")
+    return ok
+
+
+def main():
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.check:
+        sys.exit(0 if check(args) else 1)
+    r = bench(args)
+    memory = f", peak {r['peak_memory_bytes'] / 2**30:.2f} GiB" if r["peak_memory_bytes"] is not None else ""
+    print(f"pytorch {r['program_version']} {r['device']['name']} {r['dtype']}{' compiled' if r['compiled'] else ''}: "
+          f"{r['median_ms']:.2f} ms/iter (min {r['min_ms']:.2f}, max {r['max_ms']:.2f}), {r['tokens_per_s']:,.0f} tokens/s, "
+          f"first step after {r['time_to_first_step_s']:.1f} s{memory}")
+    if args.json:
+        args.json.write_text(json.dumps(r, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

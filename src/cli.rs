@@ -1,0 +1,130 @@
+//! The command line: one file a command, this file only routes.
+
+mod compare;
+mod eval;
+mod info;
+mod prepare;
+mod sample;
+mod train;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Result, anyhow};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use thiserror::Error;
+
+use crate::checkpoint;
+
+#[derive(Parser)]
+#[command(
+    name = "gpt-wgpu",
+    version,
+    about = "Trains GPTs on Metal, Vulkan, DX12 and the CPU, with the same kernels everywhere.",
+    max_term_width = 110
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a model; without arguments, a small one on tiny Shakespeare
+    Train(train::TrainArgs),
+    /// Write text with a trained model
+    Sample(sample::SampleArgs),
+    /// Train and val loss of a checkpoint
+    Eval(eval::EvalArgs),
+    /// Turn text into train.bin and val.bin
+    Prepare(prepare::PrepareArgs),
+    /// Lay reports of `bench`, or training runs, side by side
+    Compare(compare::CompareArgs),
+    /// List the devices and what the kernels can use of them
+    Info(info::InfoArgs),
+}
+
+/// The run was stopped by Ctrl-C after it saved.
+#[derive(Debug, Error)]
+#[error("interrupted; saved to {}. Go on with: gpt-wgpu train --resume --out-dir {}", .0.display(), .1.display())]
+pub struct Interrupted(PathBuf, PathBuf);
+
+/// Parses `args` and runs the command.
+///
+/// # Errors
+/// Whatever the command reports; [`Interrupted`] after Ctrl-C.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    let matches = Cli::command().get_matches_from(args.into_iter().map(dashes));
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    match cli.command {
+        Command::Train(args) => train::run(&args, submatches(&matches)),
+        Command::Sample(args) => sample::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Prepare(args) => prepare::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Info(args) => info::run(&args),
+    }
+}
+
+fn submatches(matches: &clap::ArgMatches) -> &clap::ArgMatches {
+    matches.subcommand().map_or(matches, |(_, matches)| matches)
+}
+
+/// nanoGPT's `--max_iters=200` is our `--max-iters=200`.
+fn dashes(arg: OsString) -> OsString {
+    let Some(text) = arg.to_str().filter(|text| text.starts_with("--")) else {
+        return arg;
+    };
+    match text.split_once('=') {
+        Some((key, value)) => format!("{}={value}", key.replace('_', "-")).into(),
+        None => text.replace('_', "-").into(),
+    }
+}
+
+/// What the first panic of the process said.
+static PANIC: OnceLock<String> = OnceLock::new();
+
+/// A panic in a library (a lost device, a full GPU memory) is an error like any other to the user: kept, not printed.
+///
+/// The first one counts, on whichever thread: a device's own thread fails first and the caller only sees that it is gone.
+pub fn catch_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let text = panic.payload_as_str().unwrap_or("unknown failure");
+        let place = panic.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
+        let _ = PANIC.set(format!("{}{place}", text.lines().next().unwrap_or_default()));
+    }));
+}
+
+/// The panic that ended [`run`], as an error.
+pub fn panic_error() -> anyhow::Error {
+    anyhow!(
+        "the device or a library failed: {}. Checkpoints that were saved are intact; try a smaller batch_size or \
+         --device cpu, and please report it with the output of `gpt-wgpu info`",
+        PANIC.get().map_or("unknown failure", String::as_str)
+    )
+}
+
+/// Set once by Ctrl-C; a second Ctrl-C ends the program at once.
+fn stop_flag() -> Result<&'static AtomicBool> {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("finishing the step and saving; Ctrl-C again quits at once");
+    })?;
+    Ok(&STOP)
+}
+
+/// The checkpoint that a command should read: `best` where there is one, else `last`.
+fn best_or_last(out_dir: &Path, name: Option<&str>) -> PathBuf {
+    match name {
+        Some(name) => checkpoint::path(out_dir, name),
+        None => {
+            let best = checkpoint::path(out_dir, "best");
+            if best.exists() { best } else { checkpoint::path(out_dir, "last") }
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! `gpt-wgpu eval`: the losses of a checkpoint.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::best_or_last;
+use crate::checkpoint;
+use crate::data::Dataset;
+use crate::device;
+use crate::train::evaluate;
+
+#[derive(Args)]
+pub struct EvalArgs {
+    /// The run's folder
+    #[arg(long, default_value = "out-quickstart")]
+    out_dir: PathBuf,
+    /// Which checkpoint: last or best; without it, best where there is one
+    #[arg(long)]
+    checkpoint: Option<String>,
+    /// Random batches of train and of val each; without it, the run's eval_iters
+    #[arg(long)]
+    eval_iters: Option<usize>,
+    /// auto, cpu, metal, vulkan, dx12 or gl, with :N for the N-th adapter
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &EvalArgs) -> Result<()> {
+    let checkpoint = checkpoint::open(&best_or_last(&args.out_dir, args.checkpoint.as_deref()))?;
+    let mut config = checkpoint.state.config.clone();
+    if let Some(eval_iters) = args.eval_iters {
+        config.train.eval_iters = eval_iters;
+        config.validate()?;
+    }
+    let named = PathBuf::from(&config.data.dataset);
+    let dir = if named.join("train.bin").exists() { named } else { config.data.data_dir.join(named) };
+    let shape = checkpoint.state.model;
+    let data = Dataset::open(&dir, Some(shape.vocab_size), shape.block_size)?;
+    let chosen = device::choose(args.device.parse()?)?;
+    let model = checkpoint.model(&chosen.device)?;
+    let step = checkpoint.state.step;
+    let (train_loss, val_loss) = evaluate(&model, &config, &data, &chosen.device, step)?;
+    if args.json {
+        let json = serde_json::json!({ "step": step, "train_loss": train_loss, "val_loss": val_loss });
+        println!("{json}");
+    } else {
+        println!("step {step}: train loss {train_loss:.4}, val loss {val_loss:.4}");
+    }
+    Ok(())
+}

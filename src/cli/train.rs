@@ -1,0 +1,256 @@
+//! `gpt-wgpu train`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use burn::module::Module;
+use clap::{ArgMatches, Args, parser::ValueSource};
+
+use super::{Interrupted, stop_flag};
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::{Config, QUICKSTART};
+use crate::corpus;
+use crate::data::{Dataset, Split};
+use crate::device::{self, Chosen};
+use crate::model::GptConfig;
+use crate::prepare::{self, Source};
+use crate::sample::{Sampling, generate};
+use crate::tokenizer::{Meta, Tokenizer};
+use crate::train::{self, Ended, Run, Start};
+
+#[derive(Args)]
+pub struct TrainArgs {
+    /// A configuration file; without one, configs/quickstart.toml's settings
+    config: Option<PathBuf>,
+    /// Continue from the last checkpoint in out_dir (the same as --init-from=resume)
+    #[arg(long)]
+    resume: bool,
+    /// Print the resolved configuration and stop
+    #[arg(long)]
+    print_config: bool,
+    /// Print nothing but errors
+    #[arg(long, short)]
+    quiet: bool,
+    #[command(flatten)]
+    flags: Config,
+}
+
+pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
+    let _ = &args.flags; // read through `matches`, which know what was given
+    let (mut config, resumed) = resolve(args, matches)?;
+    config.validate()?;
+    if args.print_config {
+        print!("{}", config.to_toml());
+        return Ok(());
+    }
+    let say = |text: String| {
+        if !args.quiet {
+            println!("{text}");
+        }
+    };
+
+    let chosen = device::choose(config.train.device.parse()?)?;
+    say(chosen.to_string());
+    let bare = args.config.is_none() && !given(matches, "dataset") && resumed.is_none();
+    let dir = dataset(&mut config, bare, args.quiet)?;
+    let start = known_start(&config, resumed, &chosen)?;
+    let known = start.as_ref().map(Start::shape);
+    let vocab_size = match (known, config.model.vocab_size) {
+        (Some(gpt), _) => Some(gpt.vocab_size),
+        (None, 0) => None,
+        (None, given) => Some(given),
+    };
+    let block_size = known.map_or(config.model.block_size, |gpt| gpt.block_size);
+    let data = Dataset::open(&dir, vocab_size, block_size)?;
+    let gpt = known.unwrap_or_else(|| config.gpt(data.vocab_size()));
+    adopt(&mut config, &gpt);
+    write_config(&config)?;
+    say(format!(
+        "dataset: {}: {} train and {} val tokens, vocabulary {}",
+        dir.display(),
+        data.len(Split::Train),
+        data.len(Split::Val),
+        gpt.vocab_size
+    ));
+    say(format!("number of parameters: {:.2}M", gpt.parameters() as f64 / 1e6));
+    say(format!("tokens per iteration will be: {}", config.tokens_per_iter()));
+
+    let (model, ended) = train::run(
+        &config,
+        Run {
+            device: &chosen.device,
+            data: &data,
+            tokenizer: Some(dir.join(checkpoint::META)),
+            start: start.unwrap_or(Start::Scratch(gpt)),
+            quiet: args.quiet,
+            stop: stop_flag()?,
+        },
+    )?;
+    if ended == Ended::Interrupted {
+        let out_dir = config.train.out_dir;
+        return Err(Interrupted(checkpoint::path(&out_dir, "last"), out_dir).into());
+    }
+    if let Some(meta) = data.meta()
+        && config.train.sample_tokens > 0
+        && !args.quiet
+    {
+        print_sample(&model.valid(), meta, &config, &chosen)?;
+    }
+    Ok(())
+}
+
+fn given(matches: &ArgMatches, key: &str) -> bool {
+    matches.value_source(key) == Some(ValueSource::CommandLine)
+}
+
+/// Defaults, then the file (or the resumed run's own configuration), then flags.
+fn resolve(args: &TrainArgs, matches: &ArgMatches) -> Result<(Config, Option<Checkpoint>)> {
+    let base = match &args.config {
+        Some(path) => Config::load(path)?,
+        None => Config::parse(QUICKSTART, "quickstart.toml")?,
+    };
+    let config = base.with_flags(matches)?;
+    if !args.resume && config.train.init_from != "resume" {
+        return Ok((config, None));
+    }
+    let checkpoint = checkpoint::open(&checkpoint::path(&config.train.out_dir, "last"))?;
+    let mut config = match &args.config {
+        Some(_) => config,
+        None => checkpoint.state.config.clone().with_flags(matches)?,
+    };
+    config.train.init_from = "resume".into();
+    refuse_contradictions(args, matches, &config, &checkpoint.state.model)?;
+    Ok((config, Some(checkpoint)))
+}
+
+/// The model's shape is the checkpoint's; a file or a flag that says otherwise is a mistake.
+fn refuse_contradictions(args: &TrainArgs, matches: &ArgMatches, config: &Config, model: &GptConfig) -> Result<()> {
+    let asked = config.gpt(config.model.vocab_size);
+    let pairs = [
+        ("n_layer", asked.n_layer.to_string(), model.n_layer.to_string()),
+        ("n_head", asked.n_head.to_string(), model.n_head.to_string()),
+        ("n_embd", asked.n_embd.to_string(), model.n_embd.to_string()),
+        ("block_size", asked.block_size.to_string(), model.block_size.to_string()),
+        ("bias", asked.bias.to_string(), model.bias.to_string()),
+        ("gelu", format!("{:?}", asked.gelu), format!("{:?}", model.gelu)),
+    ];
+    for (key, asked, has) in pairs {
+        if asked != has && (args.config.is_some() || given(matches, key)) {
+            bail!(
+                "{key} = {asked} contradicts the checkpoint, which has {key} = {has}; leave it out or start from scratch"
+            );
+        }
+    }
+    let vocab = config.model.vocab_size;
+    if vocab != 0 && vocab != model.vocab_size {
+        bail!("vocab_size = {vocab} contradicts the checkpoint, which has vocab_size = {}", model.vocab_size);
+    }
+    Ok(())
+}
+
+/// Makes the configuration say what the model is.
+fn adopt(config: &mut Config, gpt: &GptConfig) {
+    let model = &mut config.model;
+    model.n_layer = gpt.n_layer;
+    model.n_head = gpt.n_head;
+    model.n_embd = gpt.n_embd;
+    model.block_size = gpt.block_size;
+    model.vocab_size = gpt.vocab_size;
+    model.bias = gpt.bias;
+    model.gelu = gpt.gelu;
+}
+
+/// The folder of the configured dataset, prepared where it is missing and can be.
+///
+/// `bare`: nobody named a dataset, so the built-in corpus is as good where there is no network.
+fn dataset(config: &mut Config, bare: bool, quiet: bool) -> Result<PathBuf> {
+    let name = config.data.dataset.clone();
+    let named = Path::new(&name);
+    if named.join("train.bin").exists() {
+        return Ok(named.into());
+    }
+    let dir = config.data.data_dir.join(named);
+    if dir.join("train.bin").exists() {
+        return Ok(dir);
+    }
+    let Some(source) = Source::named(&name) else {
+        bail!(
+            "there is no dataset {name}: neither {} nor {} holds a train.bin. Make one with `gpt-wgpu prepare FILE`, or \
+             use shakespeare_char, shakespeare or builtin",
+            named.display(),
+            dir.display()
+        );
+    };
+    if !quiet {
+        println!("preparing {name} in {}", dir.display());
+    }
+    match prepare::prepare(&source, &dir, None, !quiet) {
+        Ok(_) => Ok(dir),
+        Err(error) if bare => {
+            eprintln!("no {name}: {}; training on the built-in corpus instead", error.root_cause());
+            config.data.dataset = "builtin".into();
+            dataset(config, false, quiet)
+        }
+        Err(error) => {
+            Err(error.context(format!("cannot prepare the dataset {name}; without a network, --dataset=builtin works")))
+        }
+    }
+}
+
+/// What to start from, unless it is from scratch.
+fn known_start(config: &Config, resumed: Option<Checkpoint>, chosen: &Chosen) -> Result<Option<Start>> {
+    if let Some(checkpoint) = resumed {
+        return Ok(Some(Start::Resume(checkpoint)));
+    }
+    if config.train.init_from == "scratch" {
+        return Ok(None);
+    }
+    let dir = Path::new(&config.train.init_from);
+    ensure!(
+        dir.is_dir(),
+        "init_from = {}: expected scratch, resume, or the folder of a checkpoint or of a GPT-2 (config.json and \
+         model.safetensors)",
+        dir.display()
+    );
+    let device = chosen.device.clone().autodiff();
+    let model = if dir.join("state.json").exists() {
+        checkpoint::open(dir)?.model(&device)?
+    } else {
+        let gpt = checkpoint::hf_model_config(dir)?;
+        checkpoint::load_model(&dir.join("model.safetensors"), &gpt, &device)?
+    };
+    Ok(Some(Start::Weights(Box::new(model))))
+}
+
+/// The resolved configuration, beside what it made.
+fn write_config(config: &Config) -> Result<()> {
+    let out_dir = &config.train.out_dir;
+    std::fs::create_dir_all(out_dir).with_context(|| format!("cannot create out_dir {}", out_dir.display()))?;
+    let path = out_dir.join("config.toml");
+    std::fs::write(&path, config.to_toml()).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// A sample, and for the built-in corpus how many of its sums are right.
+fn print_sample(model: &crate::model::Gpt, meta: &Meta, config: &Config, chosen: &Chosen) -> Result<()> {
+    use std::io::Write;
+    let tokenizer = Tokenizer::from_meta(meta)?;
+    let mut decoder = tokenizer.decoder();
+    let mut text = String::new();
+    println!("---------------");
+    let sampling = Sampling { temperature: 0.8, top_k: 200, seed: config.train.seed };
+    let prompt = tokenizer.encode("\n")?;
+    generate(model, &prompt, config.train.sample_tokens, sampling, &chosen.device, |token| {
+        let piece = decoder.push(token);
+        text.push_str(&piece);
+        print!("{piece}");
+        let _ = std::io::stdout().flush();
+        true
+    })?;
+    println!("{}\n---------------", decoder.finish());
+    let (right, total) = corpus::check_answers(&text);
+    if total > 0 {
+        println!("{right} of {total} answers right");
+    }
+    println!("more: gpt-wgpu sample --out-dir {}", config.train.out_dir.display());
+    Ok(())
+}

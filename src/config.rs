@@ -1,0 +1,454 @@
+//! Every setting of a run: one struct is the defaults, the TOML schema and the command line's flags.
+//!
+//! Names and defaults are nanoGPT's. Precedence: defaults, then the file, then flags.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, CommandFactory, FromArgMatches, parser::ValueSource};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::model::GptConfig;
+use crate::ops::linear::Gelu;
+
+/// The configuration that bare `gpt-wgpu train` uses.
+pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
+
+/// Every setting of a run.
+#[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// [model]
+    #[command(flatten)]
+    pub model: ModelConfig,
+    /// [data]
+    #[command(flatten)]
+    pub data: DataConfig,
+    /// [optim]
+    #[command(flatten)]
+    pub optim: OptimConfig,
+    /// [train]
+    #[command(flatten)]
+    pub train: TrainConfig,
+}
+
+/// The model's shape.
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Model")]
+pub struct ModelConfig {
+    /// Number of blocks
+    #[arg(long, default_value_t = Self::default().n_layer)]
+    pub n_layer: usize,
+    /// Attention heads in a block; divides n_embd
+    #[arg(long, default_value_t = Self::default().n_head)]
+    pub n_head: usize,
+    /// Channels
+    #[arg(long, default_value_t = Self::default().n_embd)]
+    pub n_embd: usize,
+    /// Longest context, in tokens
+    #[arg(long, default_value_t = Self::default().block_size)]
+    pub block_size: usize,
+    /// Tokens in the vocabulary; 0 takes the dataset's, or 50304 where it names none
+    #[arg(long, default_value_t = Self::default().vocab_size)]
+    pub vocab_size: usize,
+    /// Chance that an element is dropped, in [0, 1): embeddings, attention, both residual branches
+    #[arg(long, default_value_t = Self::default().dropout)]
+    pub dropout: f64,
+    /// Biases in linear layers and layer norms
+    #[arg(long, default_value_t = Self::default().bias, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
+    pub bias: bool,
+    /// GELU: the exact one (nanoGPT) or the tanh approximation (OpenAI's GPT-2)
+    #[arg(long, value_enum, default_value_t = Self::default().gelu)]
+    pub gelu: Gelu,
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        Self {
+            n_layer: 12,
+            n_head: 12,
+            n_embd: 768,
+            block_size: 1024,
+            vocab_size: 0,
+            dropout: 0.0,
+            bias: false,
+            gelu: Gelu::Erf,
+        }
+    }
+}
+
+/// Where the tokens come from.
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Data")]
+pub struct DataConfig {
+    /// A folder under data_dir (shakespeare_char, shakespeare, builtin, your own), or a path to a folder with train.bin and val.bin
+    #[arg(long, default_value_t = Self::default().dataset)]
+    pub dataset: String,
+    /// Folder that holds the datasets
+    #[arg(long, default_value = "data")]
+    pub data_dir: PathBuf,
+    /// Sequences in a micro-batch
+    #[arg(long, default_value_t = Self::default().batch_size)]
+    pub batch_size: usize,
+    /// Micro-batches summed before each update
+    #[arg(long, default_value_t = Self::default().gradient_accumulation_steps)]
+    pub gradient_accumulation_steps: usize,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self { dataset: "openwebtext".into(), data_dir: "data".into(), batch_size: 12, gradient_accumulation_steps: 40 }
+    }
+}
+
+/// AdamW and its schedule.
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Optimizer")]
+pub struct OptimConfig {
+    /// Peak learning rate
+    #[arg(long, default_value_t = Self::default().learning_rate)]
+    pub learning_rate: f64,
+    /// Warmup and cosine decay (true) or a constant rate (false)
+    #[arg(long, default_value_t = Self::default().decay_lr, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
+    pub decay_lr: bool,
+    /// Iterations of linear warmup
+    #[arg(long, default_value_t = Self::default().warmup_iters)]
+    pub warmup_iters: u64,
+    /// Iteration at which the decay ends
+    #[arg(long, default_value_t = Self::default().lr_decay_iters)]
+    pub lr_decay_iters: u64,
+    /// Learning rate after the decay
+    #[arg(long, default_value_t = Self::default().min_lr)]
+    pub min_lr: f64,
+    /// Decoupled weight decay of tensors with two or more dimensions
+    #[arg(long, default_value_t = Self::default().weight_decay)]
+    pub weight_decay: f64,
+    /// Decay of AdamW's first moment
+    #[arg(long, default_value_t = Self::default().beta1)]
+    pub beta1: f64,
+    /// Decay of AdamW's second moment
+    #[arg(long, default_value_t = Self::default().beta2)]
+    pub beta2: f64,
+    /// Largest global gradient norm; 0 switches clipping off
+    #[arg(long, default_value_t = Self::default().grad_clip)]
+    pub grad_clip: f64,
+}
+
+impl Default for OptimConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 6e-4,
+            decay_lr: true,
+            warmup_iters: 2000,
+            lr_decay_iters: 600_000,
+            min_lr: 6e-5,
+            weight_decay: 0.1,
+            beta1: 0.9,
+            beta2: 0.95,
+            grad_clip: 1.0,
+        }
+    }
+}
+
+/// The run itself.
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Run")]
+pub struct TrainConfig {
+    /// Folder for checkpoints, config.toml and metrics.jsonl
+    #[arg(long, default_value = "out")]
+    pub out_dir: PathBuf,
+    /// auto, cpu, metal, vulkan, dx12 or gl, with :N for the N-th adapter
+    #[arg(long, default_value_t = Self::default().device)]
+    pub device: String,
+    /// Start from: scratch, resume (the last checkpoint in out_dir), or a checkpoint's folder
+    #[arg(long, default_value_t = Self::default().init_from)]
+    pub init_from: String,
+    /// Seed of weights, batches and dropout
+    #[arg(long, default_value_t = Self::default().seed)]
+    pub seed: u64,
+    /// Last iteration, counted from 0
+    #[arg(long, default_value_t = Self::default().max_iters)]
+    pub max_iters: u64,
+    /// Iterations between evaluations
+    #[arg(long, default_value_t = Self::default().eval_interval)]
+    pub eval_interval: u64,
+    /// Random batches in an evaluation, of train and of val each
+    #[arg(long, default_value_t = Self::default().eval_iters)]
+    pub eval_iters: usize,
+    /// Iterations between log lines; only these wait for the device
+    #[arg(long, default_value_t = Self::default().log_interval)]
+    pub log_interval: u64,
+    /// Evaluate once and stop
+    #[arg(long, default_value_t = Self::default().eval_only, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
+    pub eval_only: bool,
+    /// Save the last checkpoint at every evaluation, not only where the val loss improved
+    #[arg(long, default_value_t = Self::default().always_save_checkpoint, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
+    pub always_save_checkpoint: bool,
+    /// Tokens of the sample that is printed at the end; 0 prints none
+    #[arg(long, default_value_t = Self::default().sample_tokens)]
+    pub sample_tokens: usize,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            out_dir: "out".into(),
+            device: "auto".into(),
+            init_from: "scratch".into(),
+            seed: 1337,
+            max_iters: 600_000,
+            eval_interval: 2000,
+            eval_iters: 200,
+            log_interval: 1,
+            eval_only: false,
+            always_save_checkpoint: true,
+            sample_tokens: 0,
+        }
+    }
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not this schema.
+    #[error("{place}: {message}")]
+    Schema {
+        /// File and line, or the flag.
+        place: String,
+        /// What is wrong and what would be right.
+        message: String,
+    },
+    /// A value that no model or run can have.
+    #[error("{key} = {value}: {reason}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// The refused value.
+        value: String,
+        /// Why, and what would be right.
+        reason: String,
+    },
+}
+
+/// nanoGPT writes True and False, TOML and clap true and false.
+fn parse_bool(text: &str) -> Result<bool, String> {
+    match text {
+        "true" | "True" | "1" => Ok(true),
+        "false" | "False" | "0" => Ok(false),
+        _ => Err("expected true or false".into()),
+    }
+}
+
+impl Config {
+    /// Parses a configuration's TOML text; `name` stands for the file in errors.
+    pub fn parse(text: &str, name: &str) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error| schema_error(&error, text, name))
+    }
+
+    /// Reads a configuration file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// This configuration with the flags that were given on the command line put over it.
+    ///
+    /// `matches` are of a command that has [`Config`]'s flags.
+    pub fn with_flags(self, matches: &clap::ArgMatches) -> Result<Self, ConfigError> {
+        let internal = |error: &dyn std::fmt::Display| ConfigError::Schema {
+            place: "command line".into(),
+            message: error.to_string(),
+        };
+        let flags = Self::from_arg_matches(matches).map_err(|error| internal(&error))?;
+        let mut merged = toml::Table::try_from(&self).map_err(|error| internal(&error))?;
+        let given = toml::Table::try_from(&flags).map_err(|error| internal(&error))?;
+        for (table, keys) in given {
+            let (Some(target), toml::Value::Table(keys)) = (merged.get_mut(&table), keys) else {
+                continue;
+            };
+            for (key, value) in keys {
+                if matches.value_source(&key) == Some(ValueSource::CommandLine)
+                    && let Some(target) = target.as_table_mut()
+                {
+                    target.insert(key, value);
+                }
+            }
+        }
+        merged.try_into().map_err(|error: toml::de::Error| internal(&error))
+    }
+
+    /// The configuration as commented TOML, every key with its help text.
+    pub fn to_toml(&self) -> String {
+        let table = toml::Table::try_from(self).unwrap_or_default();
+        let help = Help::augment();
+        let mut text = String::new();
+        for (name, keys) in &table {
+            text.push_str(&format!("[{name}]\n"));
+            for (key, value) in keys.as_table().into_iter().flatten() {
+                if let Some(line) = help.of(key) {
+                    text.push_str(&format!("# {line}\n"));
+                }
+                text.push_str(&format!("{key} = {value}\n"));
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    /// Refuses what no run can have.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let positive = |key, value: usize| check(key, value, value > 0, "it must be at least 1".into());
+        let ModelConfig { n_layer, n_head, n_embd, block_size, dropout, .. } = self.model;
+        positive("n_layer", n_layer)?;
+        positive("n_head", n_head)?;
+        positive("n_embd", n_embd)?;
+        positive("block_size", block_size)?;
+        positive("batch_size", self.data.batch_size)?;
+        positive("gradient_accumulation_steps", self.data.gradient_accumulation_steps)?;
+        positive("eval_iters", self.train.eval_iters)?;
+        positive("log_interval", self.train.log_interval as usize)?;
+        positive("eval_interval", self.train.eval_interval as usize)?;
+        check(
+            "n_embd",
+            n_embd,
+            n_embd.is_multiple_of(n_head),
+            format!("it must be a multiple of n_head = {n_head}; the nearest is {}", (n_embd / n_head).max(1) * n_head),
+        )?;
+        let fraction = "it must be at least 0 and less than 1".to_string();
+        check("dropout", dropout, (0.0..1.0).contains(&dropout), fraction.clone())?;
+        let OptimConfig { beta1, beta2, learning_rate, grad_clip, weight_decay, min_lr, .. } = self.optim;
+        check("beta1", beta1, (0.0..1.0).contains(&beta1), fraction.clone())?;
+        check("beta2", beta2, (0.0..1.0).contains(&beta2), fraction)?;
+        for (key, value) in [
+            ("learning_rate", learning_rate),
+            ("min_lr", min_lr),
+            ("grad_clip", grad_clip),
+            ("weight_decay", weight_decay),
+        ] {
+            let reason = "it must be a finite number, not negative".into();
+            check(key, value, value >= 0.0 && value.is_finite(), reason)?;
+        }
+        Ok(())
+    }
+
+    /// The model of this configuration for a vocabulary of `vocab_size` tokens.
+    pub fn gpt(&self, vocab_size: usize) -> GptConfig {
+        let model = &self.model;
+        GptConfig {
+            n_layer: model.n_layer,
+            n_head: model.n_head,
+            n_embd: model.n_embd,
+            block_size: model.block_size,
+            vocab_size,
+            bias: model.bias,
+            gelu: model.gelu,
+        }
+    }
+
+    /// Tokens in one iteration.
+    pub fn tokens_per_iter(&self) -> usize {
+        self.data.gradient_accumulation_steps * self.data.batch_size * self.model.block_size
+    }
+}
+
+fn check(key: &'static str, value: impl std::fmt::Display, good: bool, reason: String) -> Result<(), ConfigError> {
+    if good {
+        return Ok(());
+    }
+    let value = value.to_string();
+    Err(ConfigError::Value { key, value, reason })
+}
+
+/// The help texts of the flags, by key.
+struct Help(clap::Command);
+
+#[derive(clap::Parser)]
+struct HelpOnly {
+    #[command(flatten)]
+    _config: Config,
+}
+
+impl Help {
+    fn augment() -> Self {
+        Self(HelpOnly::command())
+    }
+
+    fn of(&self, key: &str) -> Option<String> {
+        let argument = self.0.get_arguments().find(|a| a.get_id() == key)?;
+        argument.get_help().map(ToString::to_string)
+    }
+}
+
+/// Turns toml's error into one line: file, line, what is wrong, the nearest valid key.
+fn schema_error(error: &toml::de::Error, text: &str, name: &str) -> ConfigError {
+    let line = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+    let mut message = error.message().replace('\n', " ");
+    let mut quoted = message.split('`').skip(1).step_by(2).map(str::to_string);
+    if message.starts_with("unknown field")
+        && let Some(key) = quoted.next()
+    {
+        let nearest = quoted.max_by(|a, b| strsim::jaro_winkler(a, &key).total_cmp(&strsim::jaro_winkler(b, &key)));
+        message = match nearest {
+            Some(nearest) => format!("unknown key `{key}`; the nearest valid key is `{nearest}`"),
+            None => format!("unknown key `{key}`"),
+        };
+    }
+    ConfigError::Schema { place: format!("{name}:{line}"), message }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_keys_name_file_line_and_the_nearest_key() {
+        let error = Config::parse("[model]\nn_layer = 2\nn_heads = 4\n", "x.toml").unwrap_err();
+        assert_eq!(error.to_string(), "x.toml:3: unknown key `n_heads`; the nearest valid key is `n_head`");
+    }
+
+    #[test]
+    fn a_wrong_type_names_file_and_line() {
+        let error = Config::parse("[model]\nn_layer = \"two\"\n", "x.toml").unwrap_err();
+        assert!(error.to_string().starts_with("x.toml:2: invalid type"), "{error}");
+    }
+
+    #[test]
+    fn printed_configuration_reads_back_equal() {
+        let mut config = Config::default();
+        config.model.n_layer = 3;
+        config.optim.learning_rate = 1e-3;
+        assert_eq!(Config::parse(&config.to_toml(), "printed").unwrap(), config);
+    }
+
+    #[test]
+    fn every_shipped_configuration_parses_and_is_valid() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+        let mut seen = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            Config::load(&path).unwrap().validate().unwrap();
+            seen += 1;
+        }
+        assert!(seen >= 6, "only {seen} configurations");
+    }
+
+    #[test]
+    fn heads_must_divide_the_channels() {
+        let mut config = Config::default();
+        config.model.n_head = 7;
+        let error = config.validate().unwrap_err().to_string();
+        assert!(error.contains("multiple of n_head = 7") && error.contains("763"), "{error}");
+    }
+}

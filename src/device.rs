@@ -1,0 +1,350 @@
+//! Which device computes, and why: a GPU adapter through wgpu, or the CPU.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, anyhow, bail};
+use burn::tensor::Device;
+use burn_wgpu::WgpuSetup;
+use serde::Serialize;
+
+/// What `--device` says: `auto`, `cpu`, or an API with an optional adapter index (`vulkan:1`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceSpec {
+    /// The best real GPU, else the CPU.
+    Auto,
+    /// Burn's Flex backend.
+    Cpu,
+    /// One graphics API; the index counts its adapters as `gpt-wgpu info` lists them.
+    Gpu(Api, Option<usize>),
+}
+
+/// The graphics APIs that wgpu reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Api {
+    /// macOS, iOS.
+    Metal,
+    /// Linux, Windows, Android; MoltenVK on macOS.
+    Vulkan,
+    /// Windows.
+    Dx12,
+    /// OpenGL or OpenGL ES.
+    Gl,
+}
+
+impl Api {
+    /// In the order of preference.
+    const ALL: [Self; 4] = [Self::Metal, Self::Vulkan, Self::Dx12, Self::Gl];
+
+    fn backends(self) -> wgpu::Backends {
+        match self {
+            Self::Metal => wgpu::Backends::METAL,
+            Self::Vulkan => wgpu::Backends::VULKAN,
+            Self::Dx12 => wgpu::Backends::DX12,
+            Self::Gl => wgpu::Backends::GL,
+        }
+    }
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Metal => "metal",
+            Self::Vulkan => "vulkan",
+            Self::Dx12 => "dx12",
+            Self::Gl => "gl",
+        }
+    }
+}
+
+impl FromStr for DeviceSpec {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, index) = match text.split_once(':') {
+            Some((name, index)) => {
+                let index = index.parse().map_err(|_| {
+                    anyhow!("--device {text}: `{index}` is not an adapter's number; `gpt-wgpu info` lists them")
+                })?;
+                (name, Some(index))
+            }
+            None => (text, None),
+        };
+        if let Some(api) = Api::ALL.into_iter().find(|api| api.name() == name) {
+            return Ok(Self::Gpu(api, index));
+        }
+        match (name, index) {
+            ("auto", None) => Ok(Self::Auto),
+            ("cpu", None) => Ok(Self::Cpu),
+            _ => bail!(
+                "--device {text}: expected auto, cpu, metal, vulkan, dx12 or gl, the last four with an optional :N"
+            ),
+        }
+    }
+}
+
+/// One adapter, as `gpt-wgpu info` shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct AdapterReport {
+    /// What `--device` takes to choose it.
+    pub device: String,
+    /// The adapter's own name.
+    pub name: String,
+    /// discrete, integrated, virtual, software or other.
+    pub kind: &'static str,
+    /// Driver and its version.
+    pub driver: String,
+    /// PCI or vendor identity, `vendor:device` in hexadecimal.
+    pub id: String,
+    /// Bytes, where the API tells.
+    pub memory_bytes: Option<u64>,
+    /// What the kernels care about.
+    pub limits: Limits,
+}
+
+/// The limits and features of an adapter that the choice of kernels depends on.
+#[derive(Clone, Debug, Serialize)]
+pub struct Limits {
+    /// Bytes of workgroup memory.
+    pub workgroup_memory: u32,
+    /// Invocations in a workgroup.
+    pub workgroup_invocations: u32,
+    /// Smallest and largest subgroup.
+    pub subgroup_size: (u32, u32),
+    /// Whether subgroup operations are there.
+    pub subgroups: bool,
+    /// Whether shaders have f16.
+    pub f16: bool,
+    /// Cooperative matrices: `M x N x K element -> accumulator`.
+    pub cooperative_matrices: Vec<String>,
+    /// Whether timestamp queries are there.
+    pub timestamps: bool,
+    /// Largest storage binding, bytes.
+    pub max_binding: u64,
+    /// Largest buffer, bytes.
+    pub max_buffer: u64,
+}
+
+/// A device that is ready for tensors.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    /// Burn's handle, without autodiff.
+    pub device: Device,
+    /// `cpu`, or the adapter's name.
+    pub name: String,
+    /// `cpu`, `metal`, `vulkan`, `dx12` or `gl`.
+    pub backend: &'static str,
+    /// Why this one, in a few words.
+    pub reason: String,
+    /// The adapter, unless it is the CPU.
+    pub adapter: Option<AdapterReport>,
+}
+
+impl fmt::Display for Chosen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "device: {} ({}): {}", self.name, self.backend, self.reason)
+    }
+}
+
+/// Every adapter of one API, with its report, in wgpu's order.
+async fn adapters_of(api: Api) -> (wgpu::Instance, Vec<(wgpu::Adapter, AdapterReport)>) {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: api.backends(),
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    });
+    let adapters = instance.enumerate_adapters(api.backends()).await;
+    let reports = adapters
+        .into_iter()
+        .enumerate()
+        .map(|(index, adapter)| {
+            let report = report(api, index, &adapter);
+            (adapter, report)
+        })
+        .collect();
+    (instance, reports)
+}
+
+/// Every adapter of this machine, API by API.
+pub fn adapters() -> Vec<AdapterReport> {
+    Api::ALL.into_iter().flat_map(|api| pollster::block_on(adapters_of(api)).1).map(|(_, report)| report).collect()
+}
+
+fn report(api: Api, index: usize, adapter: &wgpu::Adapter) -> AdapterReport {
+    let info = adapter.get_info();
+    let (limits, features) = (adapter.limits(), adapter.features());
+    AdapterReport {
+        device: format!("{}:{index}", api.name()),
+        kind: match info.device_type {
+            wgpu::DeviceType::DiscreteGpu => "discrete",
+            wgpu::DeviceType::IntegratedGpu => "integrated",
+            wgpu::DeviceType::VirtualGpu => "virtual",
+            wgpu::DeviceType::Cpu => "software",
+            wgpu::DeviceType::Other => "other",
+        },
+        driver: format!("{} {}", info.driver, info.driver_info).trim().to_string(),
+        id: format!("{:04x}:{:04x}", info.vendor, info.device),
+        memory_bytes: memory_bytes(adapter),
+        name: info.name,
+        limits: Limits {
+            workgroup_memory: limits.max_compute_workgroup_storage_size,
+            workgroup_invocations: limits.max_compute_invocations_per_workgroup,
+            subgroup_size: (info.subgroup_min_size, info.subgroup_max_size),
+            subgroups: features.contains(wgpu::Features::SUBGROUP),
+            f16: features.contains(wgpu::Features::SHADER_F16),
+            cooperative_matrices: adapter
+                .cooperative_matrix_properties()
+                .iter()
+                .map(|p| format!("{}x{}x{} {:?} -> {:?}", p.m_size, p.n_size, p.k_size, p.ab_type, p.cr_type))
+                .collect(),
+            timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            max_binding: limits.max_storage_buffer_binding_size,
+            max_buffer: limits.max_buffer_size,
+        },
+    }
+}
+
+/// Metal's recommendedMaxWorkingSetSize, which is what the GPU may hold before the system starts to evict.
+#[cfg(target_vendor = "apple")]
+fn memory_bytes(adapter: &wgpu::Adapter) -> Option<u64> {
+    // SAFETY: the raw device is only read from, and not kept.
+    let metal = unsafe { adapter.as_hal::<wgpu::hal::api::Metal>() }?;
+    use objc2_metal::MTLDevice;
+    Some(metal.raw_device().recommendedMaxWorkingSetSize())
+}
+
+/// wgpu tells no memory size elsewhere.
+#[cfg(not(target_vendor = "apple"))]
+fn memory_bytes(_adapter: &wgpu::Adapter) -> Option<u64> {
+    None
+}
+
+/// Lower is better: real GPUs first, the strongest kind of them first.
+fn rank(kind: &str) -> usize {
+    ["discrete", "integrated", "virtual", "other", "software"].iter().position(|&k| k == kind).unwrap_or(usize::MAX)
+}
+
+/// The device that `spec` asks for, ready for tensors.
+///
+/// # Errors
+/// When there is no such adapter, or it refuses to make a device.
+pub fn choose(spec: DeviceSpec) -> Result<Chosen> {
+    match spec {
+        DeviceSpec::Cpu => Ok(cpu("asked for")),
+        DeviceSpec::Gpu(api, index) => gpu(api, index),
+        DeviceSpec::Auto => auto(),
+    }
+}
+
+fn cpu(reason: &str) -> Chosen {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    Chosen {
+        device: Device::flex(),
+        name: format!("CPU, {threads} threads"),
+        backend: "cpu",
+        reason: reason.into(),
+        adapter: None,
+    }
+}
+
+fn auto() -> Result<Chosen> {
+    let mut software = None;
+    for api in Api::ALL {
+        let (instance, mut adapters) = pollster::block_on(adapters_of(api));
+        adapters.sort_by_key(|(_, report)| rank(report.kind)); // stable: the driver's order within a kind
+        let Some((adapter, report)) = adapters.into_iter().next() else {
+            continue;
+        };
+        if report.kind == "software" {
+            software.get_or_insert(report.name);
+            continue;
+        }
+        let reason = format!("auto: the first {} GPU", report.kind);
+        return open(api, instance, adapter, report, reason);
+    }
+    let mut reason = match software {
+        Some(name) => format!("auto: no GPU; {name} is a software rasteriser, used only when asked for by name"),
+        None => "auto: no GPU adapter found".to_string(),
+    };
+    if cfg!(target_os = "macos") {
+        reason.push_str("; containers and most virtual machines on macOS have no Metal: run gpt-wgpu on macOS itself");
+    }
+    Ok(cpu(&reason))
+}
+
+fn gpu(api: Api, index: Option<usize>) -> Result<Chosen> {
+    let (instance, mut adapters) = pollster::block_on(adapters_of(api));
+    if adapters.is_empty() {
+        let hint = match api {
+            Api::Metal if cfg!(target_os = "macos") => {
+                "; containers and most virtual machines on macOS have no Metal: run gpt-wgpu on macOS itself"
+            }
+            Api::Metal => "; Metal exists on macOS only",
+            Api::Dx12 if !cfg!(windows) => "; DX12 exists on Windows only",
+            Api::Vulkan if cfg!(target_os = "macos") => {
+                "; on macOS it comes with `brew install molten-vk vulkan-loader`"
+            }
+            Api::Vulkan => "; it needs a driver and the Vulkan loader (Debian: libvulkan1 mesa-vulkan-drivers)",
+            _ => "",
+        };
+        bail!("no {} adapter on this machine{hint}. `gpt-wgpu info` lists what there is", api.name());
+    }
+    let count = adapters.len();
+    let (position, reason) = match index {
+        Some(index) if index < count => (index, "asked for".to_string()),
+        Some(index) => bail!(
+            "--device {}:{index}: there are {count} {} adapters, numbered from 0; `gpt-wgpu info` lists them",
+            api.name(),
+            api.name()
+        ),
+        None => {
+            let best = (0..count).min_by_key(|&i| rank(adapters[i].1.kind)).unwrap_or(0);
+            (best, format!("asked for; the best of {count} {} adapter(s)", api.name()))
+        }
+    };
+    let (adapter, report) = adapters.swap_remove(position);
+    open(api, instance, adapter, report, reason)
+}
+
+/// Makes wgpu's device with everything the adapter has, and hands it to Burn.
+fn open(
+    api: Api,
+    instance: wgpu::Instance,
+    adapter: wgpu::Adapter,
+    report: AdapterReport,
+    reason: String,
+) -> Result<Chosen> {
+    let request = wgpu::DeviceDescriptor {
+        label: Some("gpt-wgpu"),
+        // Mappable primary buffers make wgpu keep device memory host-visible, which is slow on discrete GPUs.
+        required_features: adapter.features() - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS,
+        required_limits: adapter.limits(),
+        memory_hints: wgpu::MemoryHints::MemoryUsage, // CubeCL pools memory itself
+        trace: wgpu::Trace::Off,
+        // SAFETY: cooperative matrices are experimental in wgpu; our kernels are tested under them.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+    };
+    let (device, queue) = pollster::block_on(adapter.request_device(&request))
+        .with_context(|| format!("{} ({}) refused to make a device", report.name, report.device))?;
+    let setup = WgpuSetup { backend: adapter.get_info().backend, instance, adapter, device, queue };
+    let device = Device::wgpu_options()
+        .setup(setup)
+        .init()
+        .with_context(|| format!("{} ({}) cannot run Burn", report.name, report.device))?;
+    Ok(Chosen { device, name: report.name.clone(), backend: api.name(), reason, adapter: Some(report) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_names_parse() {
+        let parse = |text: &str| text.parse::<DeviceSpec>().map_err(|e| e.to_string());
+        assert_eq!(parse("auto"), Ok(DeviceSpec::Auto));
+        assert_eq!(parse("vulkan:1"), Ok(DeviceSpec::Gpu(Api::Vulkan, Some(1))));
+        assert_eq!(parse("metal"), Ok(DeviceSpec::Gpu(Api::Metal, None)));
+        assert!(parse("cuda").unwrap_err().contains("expected auto, cpu, metal"));
+        assert!(parse("cpu:1").is_err());
+        assert!(parse("vulkan:x").unwrap_err().contains("`x` is not an adapter's number"));
+    }
+}

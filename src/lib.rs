@@ -1,0 +1,43 @@
+//! gpt-wgpu: a portable GPT trainer. Burn models on WGSL kernels that naga lowers to Metal, Vulkan and DX12, and the same
+//! model on the CPU. The modules in reading order:
+
+#![warn(missing_docs)]
+
+/// Checkpoints.
+pub mod checkpoint;
+/// The command line: one file a command.
+pub mod cli;
+/// Reports and runs side by side.
+pub mod compare;
+/// Every setting of a run.
+pub mod config;
+/// The built-in corpus.
+pub mod corpus;
+/// Token files to batches.
+pub mod data;
+/// Which device computes, and why.
+pub mod device;
+/// One WGSL kernel and its launch.
+pub mod kernel;
+/// Terminal lines and metrics.jsonl.
+pub mod metrics;
+/// The GPT.
+pub mod model;
+/// The model's operations.
+pub mod ops;
+/// AdamW, clip and schedule.
+pub mod optim;
+/// Walks over the model's parameters by name.
+pub mod parameters;
+/// Text files and downloads to token files.
+pub mod prepare;
+/// One measurement as a versioned JSON report.
+pub mod report;
+/// Random numbers as a function of where they are used.
+pub mod rng;
+/// Text from a model.
+pub mod sample;
+/// Text to tokens and back.
+pub mod tokenizer;
+/// The training loop.
+pub mod train;

@@ -1,0 +1,251 @@
+//! GPT-2, with GPT-2's names: token and position embeddings, pre-norm blocks of attention and MLP, a tied head.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use crate::ops::attention::causal_attention;
+use crate::ops::cross_entropy::cross_entropy;
+use crate::ops::dropout::Dropout;
+use crate::ops::embedding::embedding;
+use crate::ops::layer_norm::layer_norm;
+use crate::ops::linear::{Gelu, linear, linear_gelu, linear_residual};
+use crate::rng;
+
+/// The numbers that fix the model's tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GptConfig {
+    /// Blocks.
+    pub n_layer: usize,
+    /// Attention heads in a block.
+    pub n_head: usize,
+    /// Channels C.
+    pub n_embd: usize,
+    /// Longest sequence T.
+    pub block_size: usize,
+    /// Tokens V.
+    pub vocab_size: usize,
+    /// Whether linear layers and layer norms have a bias.
+    pub bias: bool,
+    /// Which GELU.
+    pub gelu: Gelu,
+}
+
+impl GptConfig {
+    /// Parameters without the position embedding, as nanoGPT counts them.
+    pub fn parameters(&self) -> usize {
+        let c = self.n_embd;
+        let bias = usize::from(self.bias);
+        let norm = c + c * bias;
+        let block = 12 * c * c + 9 * c * bias + 2 * norm;
+        self.vocab_size * c + self.n_layer * block + norm
+    }
+
+    /// Floating-point operations per token, forward and backward: nanoGPT's 6N + 12 L C T.
+    pub fn flops_per_token(&self) -> f64 {
+        (6 * self.parameters() + 12 * self.n_layer * self.n_embd * self.block_size) as f64
+    }
+}
+
+/// A matrix whose rows are looked up.
+#[derive(Module, Debug)]
+pub struct Embedding {
+    /// (entries, C).
+    pub weight: Param<Tensor<2>>,
+}
+
+/// Scale and shift of a layer norm.
+#[derive(Module, Debug)]
+pub struct LayerNorm {
+    /// (C).
+    pub weight: Param<Tensor<1>>,
+    /// (C).
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+/// A matrix product with an optional bias.
+#[derive(Module, Debug)]
+pub struct Linear {
+    /// (out, in).
+    pub weight: Param<Tensor<2>>,
+    /// (out).
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+/// Attention with its packed projection and its output projection.
+#[derive(Module, Debug)]
+pub struct CausalSelfAttention {
+    /// C -> 3C: q, k, v.
+    pub c_attn: Linear,
+    /// C -> C.
+    pub c_proj: Linear,
+}
+
+/// The feed-forward half of a block.
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// C -> 4C.
+    pub c_fc: Linear,
+    /// 4C -> C.
+    pub c_proj: Linear,
+}
+
+/// x + attention(norm(x)), then x + mlp(norm(x)).
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Before the attention.
+    pub ln_1: LayerNorm,
+    /// Attention.
+    pub attn: CausalSelfAttention,
+    /// Before the MLP.
+    pub ln_2: LayerNorm,
+    /// MLP.
+    pub mlp: Mlp,
+}
+
+/// The whole model. The head is `wte`'s weight.
+#[derive(Module, Debug)]
+pub struct Gpt {
+    /// Token embedding (V, C).
+    pub wte: Embedding,
+    /// Position embedding (block_size, C).
+    pub wpe: Embedding,
+    /// Blocks.
+    pub h: Vec<Block>,
+    /// Before the head.
+    pub ln_f: LayerNorm,
+    /// What the tensors were made from.
+    #[module(skip)]
+    pub config: GptConfig,
+}
+
+impl LayerNorm {
+    fn init(channels: usize, bias: bool, device: &Device) -> Self {
+        Self {
+            weight: Param::from_tensor(Tensor::ones([channels], device)),
+            bias: bias.then(|| Param::from_tensor(Tensor::zeros([channels], device))),
+        }
+    }
+
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        layer_norm(x, self.weight.val(), value(&self.bias)) // (B, T, C)
+    }
+}
+
+impl Linear {
+    fn init(inputs: usize, outputs: usize, bias: bool, normal: &mut Normal) -> Self {
+        Self {
+            weight: normal.matrix(outputs, inputs),
+            bias: bias.then(|| Param::from_tensor(Tensor::zeros([outputs], normal.device))),
+        }
+    }
+}
+
+impl Block {
+    fn init(config: &GptConfig, normal: &mut Normal) -> Self {
+        let GptConfig { n_embd: c, bias, .. } = *config;
+        // Residual projections are scaled down by the depth, so that the residual stream keeps its variance.
+        let residual_std = INIT_STD / (2.0 * config.n_layer as f64).sqrt();
+        Self {
+            ln_1: LayerNorm::init(c, bias, normal.device),
+            attn: CausalSelfAttention {
+                c_attn: Linear::init(c, 3 * c, bias, normal),
+                c_proj: Linear::init(c, c, bias, &mut normal.with_std(residual_std)),
+            },
+            ln_2: LayerNorm::init(c, bias, normal.device),
+            mlp: Mlp {
+                c_fc: Linear::init(c, 4 * c, bias, normal),
+                c_proj: Linear::init(4 * c, c, bias, &mut normal.with_std(residual_std)),
+            },
+        }
+    }
+
+    /// x (B, T, C) -> (B, T, C); `site` is the block's first dropout.
+    fn forward(&self, x: Tensor<3>, config: &GptConfig, dropout: Dropout, site: u32) -> Tensor<3> {
+        let (attn, mlp) = (&self.attn, &self.mlp);
+        let normed = self.ln_1.forward(x.clone());
+        let qkv = linear(normed, attn.c_attn.weight.val(), value(&attn.c_attn.bias)); // (B, T, 3C)
+        let heads = causal_attention(qkv, config.n_head, dropout.at(site)); // (B, T, C)
+        let x = linear_residual(heads, attn.c_proj.weight.val(), value(&attn.c_proj.bias), x, dropout.at(site + 1)); // (B, T, C)
+        let normed = self.ln_2.forward(x.clone());
+        let hidden = linear_gelu(normed, mlp.c_fc.weight.val(), value(&mlp.c_fc.bias), config.gelu); // (B, T, 4C)
+        linear_residual(hidden, mlp.c_proj.weight.val(), value(&mlp.c_proj.bias), x, dropout.at(site + 2)) // (B, T, C)
+    }
+}
+
+impl Gpt {
+    /// A model with nanoGPT's initial weights: N(0, 0.02), residual projections N(0, 0.02 / √(2L)), biases 0. The weights are
+    /// drawn on the host, so a seed gives the same model on every device.
+    ///
+    /// On an autodiff device every parameter requires a gradient.
+    pub fn init(config: &GptConfig, seed: u64, device: &Device) -> Self {
+        let mut stream = rng::Stream::new(seed, rng::site::INIT);
+        let mut normal = Normal { stream: &mut stream, std: INIT_STD, device };
+        Self {
+            wte: Embedding { weight: normal.matrix(config.vocab_size, config.n_embd) },
+            wpe: Embedding { weight: normal.matrix(config.block_size, config.n_embd) },
+            h: (0..config.n_layer).map(|_| Block::init(config, &mut normal)).collect(),
+            ln_f: LayerNorm::init(config.n_embd, config.bias, device),
+            config: *config,
+        }
+    }
+
+    /// The last block's normed output for tokens (B, T), T <= block_size -> (B, T, C).
+    pub fn hidden(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<3> {
+        let mut x = embedding(tokens, self.wte.weight.val(), self.wpe.weight.val(), dropout.at(rng::site::DROPOUT)); // (B, T, C)
+        let mut site = rng::site::DROPOUT + 1;
+        for block in &self.h {
+            x = block.forward(x, &self.config, dropout, site);
+            site += SITES_PER_BLOCK;
+        }
+        self.ln_f.forward(x)
+    }
+
+    /// Mean cross-entropy in nats of tokens (B, T) against targets (B, T), -1 being ignored -> (1).
+    pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>, dropout: Dropout) -> Tensor<1> {
+        cross_entropy(self.hidden(tokens, dropout), self.wte.weight.val(), targets)
+    }
+
+    /// Logits of every position: tokens (B, T) -> (B, T, V).
+    pub fn logits(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+        linear(self.hidden(tokens, Dropout::OFF), self.wte.weight.val(), None)
+    }
+
+    /// Logits of the last position only: tokens (B, T) -> (B, V).
+    pub fn last_logits(&self, tokens: Tensor<2, Int>) -> Tensor<2> {
+        let [batch, time] = tokens.dims();
+        let channels = self.config.n_embd;
+        let last =
+            self.hidden(tokens, Dropout::OFF).slice([0..batch, time - 1..time, 0..channels]).reshape([batch, channels]);
+        linear(last, self.wte.weight.val(), None)
+    }
+}
+
+/// Dropouts in a block: attention probabilities and the two residual branches.
+const SITES_PER_BLOCK: u32 = 3;
+
+/// Standard deviation of GPT-2's initial weights.
+const INIT_STD: f64 = 0.02;
+
+/// Draws initial weights in the order they are asked for.
+struct Normal<'a> {
+    stream: &'a mut rng::Stream,
+    std: f64,
+    device: &'a Device,
+}
+
+impl Normal<'_> {
+    fn with_std(&mut self, std: f64) -> Normal<'_> {
+        Normal { stream: self.stream, std, device: self.device }
+    }
+
+    fn matrix(&mut self, rows: usize, columns: usize) -> Param<Tensor<2>> {
+        let values = (0..rows * columns).map(|_| (self.stream.normal() * self.std) as f32).collect::<Vec<_>>();
+        let data = TensorData::new(values, [rows, columns]);
+        Param::from_tensor(Tensor::from_data(data, self.device))
+    }
+}
+
+fn value<const D: usize>(param: &Option<Param<Tensor<D>>>) -> Option<Tensor<D>> {
+    param.as_ref().map(Param::val)
+}

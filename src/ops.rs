@@ -1,0 +1,37 @@
+//! The model's operations, one a file. Each file holds, in this order: what the operation is (a trait whose default bodies
+//! compose Burn primitives: the definition, the CPU path and the first oracle of the tests), its GPU path, its gradient as a
+//! node of Burn's autodiff graph, and the function that the model calls.
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod dropout;
+pub mod embedding;
+pub mod layer_norm;
+pub mod linear;
+
+use burn::backend::{Backend, Dispatch, ExtensionType, TensorMetadata, tensor::FloatTensor};
+use burn::tensor::{Shape, Tensor};
+
+/// A bias (N) that a layer may be without.
+#[derive(ExtensionType, Clone, Debug)]
+pub enum Bias<B: Backend> {
+    /// The layer has none.
+    Absent,
+    /// (N).
+    Present(FloatTensor<B>),
+}
+
+impl Bias<Dispatch> {
+    fn of(bias: Option<Tensor<1>>) -> Self {
+        bias.map_or(Self::Absent, |bias| Self::Present(bias.into_dispatch()))
+    }
+}
+
+/// Views `tensor` (..., K) as a matrix (rows, K).
+fn flatten<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = tensor.shape();
+    let columns = shape[shape.num_dims() - 1];
+    let rows = shape.num_elements() / columns.max(1);
+    B::float_reshape(tensor, Shape::new([rows, columns]))
+}

@@ -1,0 +1,156 @@
+//! Dropout with a counter-based generator: the mask is a pure function of (seed, step, site, row, column), so the backward
+//! regenerates it, every device draws the same bits, and a resumed run is the same run.
+
+use burn::backend::{
+    Autodiff, AutodiffBackend, Backend, Dispatch, Flex, TensorMetadata,
+    autodiff::{
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
+    },
+    backend_extension,
+    tensor::FloatTensor,
+};
+use burn::tensor::{Tensor, TensorData};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous};
+
+use crate::kernel::{Kernel, empty_like};
+use crate::rng::philox4x32;
+
+/// One place in the model, at one step, that drops elements.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// The chance that an element is zeroed, in [0, 1); the others are multiplied by 1 / (1 - probability).
+    pub probability: f32,
+    /// The run's seed: the generator's key.
+    pub seed: u64,
+    /// The micro-step, counted from the start of the run.
+    pub step: u32,
+    /// Which of the model's dropouts this is.
+    pub site: u32,
+}
+
+impl Dropout {
+    /// No dropout: evaluation, sampling, or a probability of 0.
+    pub const OFF: Self = Self { probability: 0.0, seed: 0, step: 0, site: 0 };
+
+    /// The same step's dropout at another place.
+    pub fn at(self, site: u32) -> Self {
+        Self { site, ..self }
+    }
+
+    /// Whether anything is dropped.
+    pub fn is_on(&self) -> bool {
+        self.probability > 0.0
+    }
+
+    /// An element is kept where its random word is at least this.
+    pub fn threshold(&self) -> u32 {
+        (f64::from(self.probability) * 4_294_967_296.0).round() as u32
+    }
+
+    /// What kept elements are multiplied by.
+    pub fn keep_scale(&self) -> f32 {
+        1.0 / (1.0 - self.probability)
+    }
+
+    /// The factors (0 or `keep_scale`) of a (rows, columns) matrix, row-major: the definition of the mask.
+    ///
+    /// One Philox block serves four neighbouring columns: counter (column / 4, row, step, site), key = seed.
+    pub fn factors(&self, rows: usize, columns: usize) -> Vec<f32> {
+        let key = [self.seed as u32, (self.seed >> 32) as u32];
+        let (threshold, scale) = (self.threshold(), self.keep_scale());
+        let mut factors = Vec::with_capacity(rows * columns);
+        for row in 0..rows as u32 {
+            for first in (0..columns as u32).step_by(4) {
+                let words = philox4x32([first / 4, row, self.step, self.site], key);
+                let width = (columns as u32 - first).min(4) as usize;
+                factors.extend(words[..width].iter().map(|&word| if word >= threshold { scale } else { 0.0 }));
+            }
+        }
+        factors
+    }
+
+    /// The words of a kernel's parameters: seed, step, site, threshold, scale.
+    pub fn params(&self) -> [u32; 6] {
+        [
+            self.seed as u32,
+            (self.seed >> 32) as u32,
+            self.step,
+            self.site,
+            self.threshold(),
+            self.keep_scale().to_bits(),
+        ]
+    }
+}
+
+/// Dropout of any tensor, seen as a matrix (all leading dimensions, last dimension).
+#[backend_extension(Cube, Flex, Autodiff)]
+pub trait DropoutOps: Backend {
+    /// x (..., K) times the mask's factors.
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        let shape = x.shape();
+        let columns = shape[shape.num_dims() - 1];
+        let factors = dropout.factors(shape.num_elements() / columns.max(1), columns);
+        let mask = Self::float_from_data(TensorData::new(factors, shape), &x.device());
+        Self::float_mul(x, mask)
+    }
+}
+
+impl DropoutOps for Flex {}
+
+impl DropoutOps for CubeBackend {
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        let x = into_contiguous(x);
+        let y = empty_like(&x);
+        let shape = x.meta.shape();
+        let columns = shape[shape.num_dims() - 1];
+        let rows = shape.num_elements() / columns.max(1);
+        let groups = (rows * columns.div_ceil(4)).div_ceil(256) as u32;
+        let grid_x = groups.clamp(1, 65_535);
+        let kernel = Kernel::new(
+            "dropout",
+            String::new(),
+            &[include_str!("../../wgsl/philox.wgsl"), include_str!("../../wgsl/dropout.wgsl")],
+            (256, 1, 1),
+        );
+        let mut params = vec![rows as u32, columns as u32];
+        params.extend(dropout.params());
+        kernel.launch((grid_x, groups.div_ceil(grid_x), 1), &[&x, &y], &params);
+        y
+    }
+}
+
+#[derive(Debug)]
+struct DropoutBackward;
+
+impl<B: DropoutOps> Backward<B, 1> for DropoutBackward {
+    type State = Dropout;
+
+    fn backward(self, ops: Ops<Dropout, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x] = ops.parents;
+        let dy = grads.consume::<B>(&ops.node);
+        if let Some(x) = x {
+            grads.register::<B>(x.id, B::dropout(dy, ops.state)); // y = x * mask  =>  dx = dy * mask
+        }
+    }
+}
+
+impl<B: DropoutOps, C: CheckpointStrategy> DropoutOps for Autodiff<B, C> {
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        let prepared = DropoutBackward.prepare::<C>([x.node()]).compute_bound().stateful();
+        let y = B::dropout(<Self as AutodiffBackend>::inner(x), dropout);
+        match prepared {
+            OpsKind::Tracked(prepared) => prepared.finish(dropout, y),
+            OpsKind::UnTracked(prepared) => prepared.finish(y),
+        }
+    }
+}
+
+/// x (..., K) with elements dropped; `x` itself where `dropout` is off.
+pub fn dropout<const D: usize>(x: Tensor<D>, dropout: Dropout) -> Tensor<D> {
+    if !dropout.is_on() {
+        return x;
+    }
+    Tensor::from_dispatch(<Dispatch as DropoutOps>::dropout(x.into_dispatch(), dropout))
+}

@@ -1,0 +1,317 @@
+//! The training loop, written out in execution order, with nanoGPT's semantics.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Result, bail, ensure};
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use crate::checkpoint::{self, Checkpoint, State, read};
+use crate::config::Config;
+use crate::data::{Batch, Dataset, Split};
+use crate::metrics::{NANOGPT_PEAK, Record, Reporter};
+use crate::model::{Gpt, GptConfig};
+use crate::ops::dropout::Dropout;
+use crate::optim::{self, GradientSum, Optimizer};
+
+/// What a run starts from.
+pub enum Start {
+    /// New weights.
+    Scratch(GptConfig),
+    /// The given weights, with a new optimizer and step 0.
+    Weights(Box<Gpt>),
+    /// Everything of a checkpoint.
+    Resume(Checkpoint),
+}
+
+impl Start {
+    /// The model's shape.
+    pub fn shape(&self) -> GptConfig {
+        match self {
+            Self::Scratch(gpt) => *gpt,
+            Self::Weights(model) => model.config,
+            Self::Resume(checkpoint) => checkpoint.state.model,
+        }
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// All iterations done.
+    Finished,
+    /// Asked to stop; the step was finished and saved.
+    Interrupted,
+}
+
+/// What [`run`] needs beside the configuration.
+pub struct Run<'a> {
+    /// Where to compute, without autodiff.
+    pub device: &'a Device,
+    /// The tokens.
+    pub data: &'a Dataset,
+    /// The dataset's meta.json, copied into checkpoints where it exists.
+    pub tokenizer: Option<PathBuf>,
+    /// What to start from.
+    pub start: Start,
+    /// Prints nothing but errors.
+    pub quiet: bool,
+    /// Set from outside to end the run after the current step.
+    pub stop: &'a AtomicBool,
+}
+
+/// Trains, and returns the model with how the run ended.
+///
+/// # Errors
+/// When a file cannot be written, the data is bad, the device fails, or the loss is no longer finite.
+pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
+    let device = run.device.clone().autodiff();
+    let (mut model, mut optimizer, mut state) = begin(config, run.start, &device)?;
+    let out_dir = &config.train.out_dir;
+    let max_iters = config.train.max_iters;
+    let batch_size = config.data.batch_size;
+    let accumulation = config.data.gradient_accumulation_steps;
+    let seed = config.train.seed;
+    let flops_per_iter = model.config.flops_per_token() * config.tokens_per_iter() as f64;
+    let mut report = Reporter::new(out_dir, state.step, max_iters, run.quiet)?;
+    let tokenizer = run.tokenizer.as_deref();
+    let mut timed = Timer::start();
+
+    let ended = loop {
+        let iter = state.step;
+        let lr = optim::learning_rate(&config.optim, iter);
+
+        if iter.is_multiple_of(config.train.eval_interval) || config.train.eval_only {
+            timed.pause();
+            let started = Instant::now();
+            let (train_loss, val_loss) = evaluate(&model, config, run.data, run.device, iter)?;
+            let eval_ms = started.elapsed().as_secs_f64() * 1e3;
+            report.line(&format!(
+                "step {iter}: train loss {train_loss:.4}, val loss {val_loss:.4} (evaluated in {:.1}s)",
+                eval_ms / 1e3
+            ));
+            report.record(&Record {
+                step: iter,
+                train_loss: Some(train_loss),
+                val_loss: Some(val_loss),
+                eval_ms: Some(eval_ms),
+                ..Record::default()
+            })?;
+            finite(val_loss, "val loss", iter, config)?;
+            if config.train.eval_only {
+                break Ended::Finished;
+            }
+            let best = state.best_val_loss.is_none_or(|best| val_loss < best);
+            if best {
+                state.best_val_loss = Some(val_loss);
+            }
+            if iter > 0 {
+                let wanted = [("best", best), ("last", best || config.train.always_save_checkpoint)];
+                for (name, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
+                    save(name, &state, &model, &optimizer, tokenizer, &report)?;
+                }
+            }
+            timed.resume();
+        }
+
+        // Forward and backward of every micro-batch; the loss is the mean over all of its tokens.
+        let mut gradients = GradientSum::default();
+        let mut loss_sum: Option<Tensor<1>> = None;
+        for _ in 0..accumulation {
+            let batch = run.data.batch(Split::Train, seed, state.position, batch_size, config.model.block_size)?;
+            let (tokens, targets) = upload(&batch, batch_size, &device);
+            let dropout =
+                Dropout { probability: config.model.dropout as f32, seed, step: state.position as u32, site: 0 };
+            state.position += 1;
+            let loss = model.loss(tokens, targets, dropout) / accumulation as f64;
+            gradients.add(&model, &mut loss.backward());
+            let loss = loss.inner();
+            loss_sum = Some(match loss_sum {
+                Some(sum) => sum + loss,
+                None => loss,
+            });
+        }
+        let (updated, norm) = optimizer.step(model, gradients, &config.optim, lr);
+        model = updated;
+        state.step += 1;
+        timed.iters += 1;
+
+        let stopping = run.stop.load(Ordering::Relaxed);
+        let last = state.step > max_iters;
+        if iter.is_multiple_of(config.train.log_interval) || last || stopping {
+            // The one place where the host waits for the device.
+            let loss = scalar(loss_sum)?;
+            let grad_norm = scalar(norm)?;
+            let ms = timed.lap();
+            let tokens_per_s = config.tokens_per_iter() as f64 / ms * 1e3;
+            let mfu = flops_per_iter / (ms / 1e3) / NANOGPT_PEAK;
+            report.line(&format!(
+                "iter {iter}: loss {loss:.4}, time {ms:.2}ms, mfu {:.2}%, {tokens_per_s:.0} tok/s",
+                mfu * 100.0
+            ));
+            report.progress(state.step, Some(format!("loss {loss:.4}")));
+            report.record(&Record {
+                step: iter,
+                loss: Some(loss),
+                lr: Some(lr),
+                grad_norm: Some(grad_norm),
+                ms: Some(ms),
+                tokens_per_s: Some(tokens_per_s),
+                mfu: Some(mfu),
+                device_memory_bytes: run.device.memory_pool_usage().map(|usage| usage.bytes_reserved),
+                ..Record::default()
+            })?;
+            finite(loss, "loss", iter, config)?;
+            finite(grad_norm, "gradient norm", iter, config)?;
+        } else {
+            report.progress(state.step, None);
+        }
+        if last || stopping {
+            save("last", &state, &model, &optimizer, tokenizer, &report)?;
+            break if last { Ended::Finished } else { Ended::Interrupted };
+        }
+    };
+    report.finish();
+    Ok((model, ended))
+}
+
+/// Model, optimizer and state before the first iteration.
+fn begin(config: &Config, start: Start, device: &Device) -> Result<(Gpt, Optimizer, State)> {
+    let new_state = |model: GptConfig| State {
+        version: checkpoint::VERSION,
+        step: 0,
+        position: 0,
+        optimizer_step: 0,
+        best_val_loss: None,
+        model,
+        config: config.clone(),
+    };
+    Ok(match start {
+        Start::Scratch(gpt) => {
+            let model = Gpt::init(&gpt, config.train.seed, device);
+            (model, Optimizer::default(), new_state(gpt))
+        }
+        Start::Weights(model) => {
+            let gpt = model.config;
+            (*model, Optimizer::default(), new_state(gpt))
+        }
+        Start::Resume(checkpoint) => {
+            let model = checkpoint.model(device)?;
+            let optimizer = checkpoint.optimizer(&model, &device.clone().without_autodiff())?;
+            let state = State { config: config.clone(), ..checkpoint.state };
+            ensure!(
+                state.step <= config.train.max_iters,
+                "{} is at step {}, and max_iters = {} is done; raise max_iters to go on",
+                checkpoint.dir.display(),
+                state.step,
+                config.train.max_iters
+            );
+            (model, optimizer, state)
+        }
+    })
+}
+
+/// Mean loss in nats over eval_iters random batches of train and of val, without dropout.
+///
+/// The batches are a function of the seed and `iter`: a resumed run evaluates on the same ones.
+///
+/// # Errors
+/// When the data is bad or the device fails.
+pub fn evaluate(model: &Gpt, config: &Config, data: &Dataset, device: &Device, iter: u64) -> Result<(f64, f64)> {
+    /// Keeps the evaluation's batches of train apart from the training's.
+    const EVALUATION: u64 = 1 << 63;
+    let model = model.valid(); // the same weights without autodiff
+    let (batch_size, block_size) = (config.data.batch_size, config.model.block_size);
+    let count = config.train.eval_iters;
+    let mean = |split| -> Result<f64> {
+        let mut losses = Vec::with_capacity(count);
+        for i in 0..count as u64 {
+            let position = EVALUATION | (iter * count as u64 + i);
+            let batch = data.batch(split, config.train.seed, position, batch_size, block_size)?;
+            let (tokens, targets) = upload(&batch, batch_size, device);
+            losses.push(model.loss(tokens, targets, Dropout::OFF));
+        }
+        let sum: f64 = read(Tensor::cat(losses, 0))?.into_iter().map(f64::from).sum();
+        Ok(sum / count as f64)
+    };
+    Ok((mean(Split::Train)?, mean(Split::Val)?))
+}
+
+/// tokens and targets, each (B, T), on the device.
+fn upload(batch: &Batch, batch_size: usize, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
+    let tensor = |values: &[i32]| {
+        let shape = [batch_size, values.len() / batch_size];
+        Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
+    };
+    (tensor(&batch.x), tensor(&batch.y))
+}
+
+fn scalar(tensor: Option<Tensor<1>>) -> Result<f64> {
+    match tensor {
+        Some(tensor) => Ok(read(tensor)?.first().copied().map_or(f64::NAN, f64::from)),
+        None => Ok(f64::NAN),
+    }
+}
+
+/// Stops a run whose numbers are no longer numbers.
+fn finite(value: f64, what: &str, iter: u64, config: &Config) -> Result<()> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    let last = checkpoint::path(&config.train.out_dir, "last");
+    let kept = if last.exists() {
+        format!("the last good checkpoint is {}", last.display())
+    } else {
+        "no checkpoint was saved before".to_string()
+    };
+    bail!("the {what} at iteration {iter} is {value}; {kept}. A lower learning_rate or a grad_clip of 1.0 often helps")
+}
+
+fn save(
+    name: &str,
+    state: &State,
+    model: &Gpt,
+    optimizer: &Optimizer,
+    tokenizer: Option<&std::path::Path>,
+    report: &Reporter,
+) -> Result<()> {
+    let dir = checkpoint::path(&state.config.train.out_dir, name);
+    let started = Instant::now();
+    let state = State { optimizer_step: optimizer.step, ..state.clone() };
+    checkpoint::save(&dir, &state, model, optimizer, tokenizer)?;
+    let seconds = started.elapsed().as_secs_f64();
+    report.line(&format!("saving checkpoint to {} ({seconds:.1}s)", dir.display()));
+    Ok(())
+}
+
+/// Wall time of iterations, with evaluation and saving left out.
+struct Timer {
+    started: Instant,
+    paused: Option<Instant>,
+    iters: u32,
+}
+
+impl Timer {
+    fn start() -> Self {
+        Self { started: Instant::now(), paused: None, iters: 0 }
+    }
+
+    fn pause(&mut self) {
+        self.paused = Some(Instant::now());
+    }
+
+    fn resume(&mut self) {
+        if let Some(paused) = self.paused.take() {
+            self.started += paused.elapsed();
+        }
+    }
+
+    /// Milliseconds an iteration since the last lap.
+    fn lap(&mut self) -> f64 {
+        let ms = self.started.elapsed().as_secs_f64() * 1e3 / f64::from(self.iters.max(1));
+        *self = Self::start();
+        ms
+    }
+}

@@ -1,0 +1,227 @@
+//! The operations as plain f64 loops, forward and backward, in the manner of llm.c: the bottom of the chain of twins.
+
+use gpt_wgpu::ops::dropout::Dropout;
+use gpt_wgpu::ops::linear::Gelu;
+
+/// y (rows, n) = x (rows, k) wᵀ (n, k) + b.
+pub fn linear(x: &[f64], w: &[f64], b: Option<&[f64]>, rows: usize, k: usize, n: usize) -> Vec<f64> {
+    let mut y = vec![0.0; rows * n];
+    for r in 0..rows {
+        for o in 0..n {
+            let mut sum = b.map_or(0.0, |b| b[o]);
+            for i in 0..k {
+                sum += x[r * k + i] * w[o * k + i];
+            }
+            y[r * n + o] = sum;
+        }
+    }
+    y
+}
+
+/// (dx, dw, db) of [`linear`].
+pub fn linear_backward(dy: &[f64], x: &[f64], w: &[f64], rows: usize, k: usize, n: usize) -> [Vec<f64>; 3] {
+    let (mut dx, mut dw, mut db) = (vec![0.0; rows * k], vec![0.0; n * k], vec![0.0; n]);
+    for r in 0..rows {
+        for o in 0..n {
+            let d = dy[r * n + o];
+            db[o] += d;
+            for i in 0..k {
+                dx[r * k + i] += d * w[o * k + i];
+                dw[o * k + i] += d * x[r * k + i];
+            }
+        }
+    }
+    [dx, dw, db]
+}
+
+/// The error function by its series and continued fraction, to about 1e-15.
+pub fn erf(x: f64) -> f64 {
+    if x.abs() < 2.5 {
+        let (mut term, mut sum) = (x, x);
+        for n in 1..200 {
+            term *= -x * x / n as f64;
+            sum += term / (2 * n + 1) as f64;
+        }
+        return sum * 2.0 / std::f64::consts::PI.sqrt();
+    }
+    let z = x.abs();
+    let mut fraction = 0.0;
+    for n in (1..200).rev() {
+        fraction = n as f64 / 2.0 / (z + fraction);
+    }
+    let complement = (-z * z).exp() / std::f64::consts::PI.sqrt() / (z + fraction);
+    (1.0 - complement) * x.signum()
+}
+
+pub fn gelu(x: f64, kind: Gelu) -> f64 {
+    match kind {
+        Gelu::Erf => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+        Gelu::Tanh => {
+            let scale = (2.0 / std::f64::consts::PI).sqrt();
+            0.5 * x * (1.0 + (scale * (x + 0.044715 * x * x * x)).tanh())
+        }
+    }
+}
+
+/// gelu' by central differences: independent of any formula for it.
+pub fn gelu_slope(x: f64, kind: Gelu) -> f64 {
+    let h = 1e-5;
+    (gelu(x + h, kind) - gelu(x - h, kind)) / (2.0 * h)
+}
+
+/// (y, mean, rstd) of rows of c elements.
+pub fn layer_norm(x: &[f64], w: &[f64], b: Option<&[f64]>, c: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let (mut y, mut means, mut rstds) = (Vec::new(), Vec::new(), Vec::new());
+    for row in x.chunks(c) {
+        let mean = row.iter().sum::<f64>() / c as f64;
+        let variance = row.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / c as f64;
+        let rstd = 1.0 / (variance + 1e-5).sqrt();
+        for i in 0..c {
+            y.push((row[i] - mean) * rstd * w[i] + b.map_or(0.0, |b| b[i]));
+        }
+        means.push(mean);
+        rstds.push(rstd);
+    }
+    (y, means, rstds)
+}
+
+/// (dx, dw, db) of [`layer_norm`].
+pub fn layer_norm_backward(dy: &[f64], x: &[f64], w: &[f64], c: usize) -> [Vec<f64>; 3] {
+    let (_, means, rstds) = layer_norm(x, w, None, c);
+    let (mut dx, mut dw, mut db) = (vec![0.0; x.len()], vec![0.0; c], vec![0.0; c]);
+    for r in 0..x.len() / c {
+        let normed = |i: usize| (x[r * c + i] - means[r]) * rstds[r];
+        let dnormed = |i: usize| dy[r * c + i] * w[i];
+        let average = (0..c).map(dnormed).sum::<f64>() / c as f64;
+        let along = (0..c).map(|i| dnormed(i) * normed(i)).sum::<f64>() / c as f64;
+        for i in 0..c {
+            dx[r * c + i] = (dnormed(i) - average - normed(i) * along) * rstds[r];
+            dw[i] += dy[r * c + i] * normed(i);
+            db[i] += dy[r * c + i];
+        }
+    }
+    [dx, dw, db]
+}
+
+/// The sizes of an attention.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionShape {
+    pub batch: usize,
+    pub time: usize,
+    pub heads: usize,
+    pub head_dim: usize,
+}
+
+impl AttentionShape {
+    pub fn channels(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Index of element d of part (0 = q, 1 = k, 2 = v), head h, token (b, t) in the packed projection.
+    fn packed(&self, b: usize, t: usize, part: usize, h: usize, d: usize) -> usize {
+        ((b * self.time + t) * 3 + part) * self.channels() + h * self.head_dim + d
+    }
+
+    fn merged(&self, b: usize, t: usize, h: usize, d: usize) -> usize {
+        (b * self.time + t) * self.channels() + h * self.head_dim + d
+    }
+}
+
+/// Causal attention over qkv (B, T, 3C) -> (out (B, T, C), lse (B, H, T)).
+pub fn attention(qkv: &[f64], s: AttentionShape, dropout: Dropout) -> (Vec<f64>, Vec<f64>) {
+    let mut out = vec![0.0; s.batch * s.time * s.channels()];
+    let mut lses = vec![0.0; s.batch * s.heads * s.time];
+    for_each_row(qkv, s, dropout, |row| {
+        for (key, (&p, &factor)) in row.probabilities.iter().zip(row.factors).enumerate() {
+            for d in 0..s.head_dim {
+                out[s.merged(row.b, row.query, row.h, d)] += p * factor * qkv[s.packed(row.b, key, 2, row.h, d)];
+            }
+        }
+        lses[(row.b * s.heads + row.h) * s.time + row.query] = row.lse;
+    });
+    (out, lses)
+}
+
+/// dqkv (B, T, 3C) of [`attention`].
+pub fn attention_backward(dout: &[f64], qkv: &[f64], s: AttentionShape, dropout: Dropout) -> Vec<f64> {
+    let mut dqkv = vec![0.0; qkv.len()];
+    let scale = 1.0 / (s.head_dim as f64).sqrt();
+    for_each_row(qkv, s, dropout, |row| {
+        let (b, h, query) = (row.b, row.h, row.query);
+        let mut dp = vec![0.0; query + 1];
+        for key in 0..=query {
+            for d in 0..s.head_dim {
+                let go = dout[s.merged(b, query, h, d)];
+                // out = Σ p factor v  =>  dv = p factor dout, dp = factor dout · v
+                dqkv[s.packed(b, key, 2, h, d)] += row.probabilities[key] * row.factors[key] * go;
+                dp[key] += row.factors[key] * go * qkv[s.packed(b, key, 2, h, d)];
+            }
+        }
+        let sum: f64 = dp.iter().zip(row.probabilities).map(|(dp, p)| dp * p).sum();
+        for key in 0..=query {
+            let ds = row.probabilities[key] * (dp[key] - sum) * scale;
+            for d in 0..s.head_dim {
+                dqkv[s.packed(b, query, 0, h, d)] += ds * qkv[s.packed(b, key, 1, h, d)];
+                dqkv[s.packed(b, key, 1, h, d)] += ds * qkv[s.packed(b, query, 0, h, d)];
+            }
+        }
+    });
+    dqkv
+}
+
+/// One query's row of the score matrix.
+struct Row<'a> {
+    b: usize,
+    h: usize,
+    query: usize,
+    probabilities: &'a [f64],
+    factors: &'a [f64],
+    lse: f64,
+}
+
+fn for_each_row(qkv: &[f64], s: AttentionShape, dropout: Dropout, mut visit: impl FnMut(Row)) {
+    let rows = s.batch * s.heads * s.time;
+    let mask = if dropout.is_on() { dropout.factors(rows, s.time) } else { vec![1.0; rows * s.time] };
+    for b in 0..s.batch {
+        for h in 0..s.heads {
+            for query in 0..s.time {
+                let scores: Vec<f64> = (0..=query)
+                    .map(|key| {
+                        let dot: f64 = (0..s.head_dim)
+                            .map(|d| qkv[s.packed(b, query, 0, h, d)] * qkv[s.packed(b, key, 1, h, d)])
+                            .sum();
+                        dot / (s.head_dim as f64).sqrt()
+                    })
+                    .collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().map(|v| (v - max).exp()).sum();
+                let probabilities: Vec<f64> = scores.iter().map(|v| (v - max).exp() / sum).collect();
+                let row = (b * s.heads + h) * s.time + query;
+                let factors: Vec<f64> = mask[row * s.time..][..query + 1].iter().map(|&f| f64::from(f)).collect();
+                visit(Row { b, h, query, probabilities: &probabilities, factors: &factors, lse: max + sum.ln() });
+            }
+        }
+    }
+}
+
+/// (loss, dx, dw) of the mean cross-entropy of x (rows, c) wᵀ (v, c) against targets, negative ones ignored.
+pub fn cross_entropy(x: &[f64], w: &[f64], targets: &[i32], c: usize, v: usize) -> (f64, Vec<f64>, Vec<f64>) {
+    let count = targets.iter().filter(|&&t| t >= 0).count().max(1) as f64;
+    let (mut loss, mut dx, mut dw) = (0.0, vec![0.0; x.len()], vec![0.0; w.len()]);
+    for (r, &target) in targets.iter().enumerate().filter(|(_, t)| **t >= 0) {
+        let row = &x[r * c..][..c];
+        let logits: Vec<f64> = (0..v).map(|o| row.iter().zip(&w[o * c..][..c]).map(|(a, b)| a * b).sum()).collect();
+        let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = logits.iter().map(|l| (l - max).exp()).sum();
+        loss += (max + sum.ln() - logits[target as usize]) / count;
+        for o in 0..v {
+            let onehot = if o == target as usize { 1.0 } else { 0.0 };
+            let d = ((logits[o] - max).exp() / sum - onehot) / count;
+            for i in 0..c {
+                dx[r * c + i] += d * w[o * c + i];
+                dw[o * c + i] += d * row[i];
+            }
+        }
+    }
+    (loss, dx, dw)
+}

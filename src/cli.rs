@@ -57,6 +57,9 @@ pub struct Interrupted(PathBuf, PathBuf);
 /// Whatever the command reports; [`Interrupted`] after Ctrl-C.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     let matches = Cli::command().get_matches_from(args.into_iter().map(dashes));
+    let warnings = tracing_subscriber::EnvFilter::try_from_env("GPT_WGPU_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("gpt_wgpu=warn"));
+    tracing_subscriber::fmt().with_env_filter(warnings).with_writer(std::io::stderr).without_time().init();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     match cli.command {
         Command::Train(args) => train::run(&args, submatches(&matches)),

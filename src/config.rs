@@ -8,6 +8,7 @@ use clap::{Args, CommandFactory, FromArgMatches, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::kernel::Kernels;
 use crate::model::GptConfig;
 use crate::ops::linear::Gelu;
 
@@ -164,6 +165,9 @@ pub struct TrainConfig {
     /// auto, cpu, metal, vulkan, dx12 or gl, with :N for the N-th adapter
     #[arg(long, default_value_t = Self::default().device)]
     pub device: String,
+    /// Kernels on a GPU: auto, composed (Burn primitives), scalar, or coop (cooperative matrices)
+    #[arg(long, value_enum, default_value_t = Self::default().kernels)]
+    pub kernels: Kernels,
     /// Start from: scratch, resume (the last checkpoint in out_dir), or a checkpoint's folder
     #[arg(long, default_value_t = Self::default().init_from)]
     pub init_from: String,
@@ -198,6 +202,7 @@ impl Default for TrainConfig {
         Self {
             out_dir: "out".into(),
             device: "auto".into(),
+            kernels: Kernels::Auto,
             init_from: "scratch".into(),
             seed: 1337,
             max_iters: 600_000,

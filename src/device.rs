@@ -4,9 +4,12 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, anyhow, bail};
+use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_wgpu::WgpuSetup;
 use serde::Serialize;
+
+use crate::kernel::{self, Capabilities};
 
 /// What `--device` says: `auto`, `cpu`, or an API with an optional adapter index (`vulkan:1`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +141,8 @@ pub struct Chosen {
     pub reason: String,
     /// The adapter, unless it is the CPU.
     pub adapter: Option<AdapterReport>,
+    /// What decides which kernels it can run.
+    pub capabilities: Capabilities,
 }
 
 impl fmt::Display for Chosen {
@@ -203,6 +208,28 @@ fn report(api: Api, index: usize, adapter: &wgpu::Adapter) -> AdapterReport {
     }
 }
 
+/// What of an adapter decides which kernels it can run.
+fn capabilities(adapter: &wgpu::Adapter) -> Capabilities {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let info = adapter.get_info();
+    // Metal reports a range, yet every Apple GPU has 32 (gpuweb#3950).
+    let apple = info.backend == wgpu::Backend::Metal;
+    let exact = apple || info.subgroup_min_size == info.subgroup_max_size;
+    let mut matrices: Vec<_> = adapter
+        .cooperative_matrix_properties()
+        .into_iter()
+        .filter(|p| p.m_size == p.n_size && p.n_size == p.k_size && p.cr_type == F32)
+        .filter(|p| matches!(p.ab_type, F16 | F32))
+        .map(|p| (p.m_size, p.ab_type == F16))
+        .collect();
+    matrices.dedup();
+    Capabilities {
+        subgroup_size: exact.then_some(if apple { 32 } else { info.subgroup_max_size }),
+        matrices,
+        f16: adapter.features().contains(wgpu::Features::SHADER_F16),
+    }
+}
+
 /// Metal's recommendedMaxWorkingSetSize, which is what the GPU may hold before the system starts to evict.
 #[cfg(target_vendor = "apple")]
 fn memory_bytes(adapter: &wgpu::Adapter) -> Option<u64> {
@@ -243,6 +270,7 @@ fn cpu(reason: &str) -> Chosen {
         backend: "cpu",
         reason: reason.into(),
         adapter: None,
+        capabilities: Capabilities::default(),
     }
 }
 
@@ -325,12 +353,17 @@ fn open(
     };
     let (device, queue) = pollster::block_on(adapter.request_device(&request))
         .with_context(|| format!("{} ({}) refused to make a device", report.name, report.device))?;
+    let capabilities = capabilities(&adapter);
     let setup = WgpuSetup { backend: adapter.get_info().backend, instance, adapter, device, queue };
     let device = Device::wgpu_options()
         .setup(setup)
         .init()
         .with_context(|| format!("{} ({}) cannot run Burn", report.name, report.device))?;
-    Ok(Chosen { device, name: report.name.clone(), backend: api.name(), reason, adapter: Some(report) })
+    if let DispatchDevice::Cube(cube) = device.as_dispatch() {
+        kernel::register(cube.clone(), capabilities.clone());
+    }
+    Ok(Chosen {
+        capabilities, device, name: report.name.clone(), backend: api.name(), reason, adapter: Some(report) })
 }
 
 #[cfg(test)]

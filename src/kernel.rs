@@ -4,37 +4,55 @@
 //! every file under `wgsl/` stays plain WGSL. Sizes that change from call to call travel in one uniform, bound last: only a
 //! uniform is uniform enough for cooperative matrices, and CubeCL caches it by value.
 
-use burn_cubecl::tensor::CubeTensor;
+use std::sync::{PoisonError, RwLock};
+
+use burn_cubecl::{CubeDevice, tensor::CubeTensor};
 use cubecl::{
     CubeKernel,
     ir::metadata::Info,
     prelude::*,
     server::{KernelArguments, MetadataBindingInfo},
 };
+use serde::{Deserialize, Serialize};
 
 /// The text of a kernel and the size of its workgroup. The entry point is `main`.
 #[derive(Clone, Debug)]
 pub struct Kernel {
     name: &'static str,
     header: String,
-    files: &'static [&'static str],
+    files: Vec<&'static str>,
     workgroup: (u32, u32, u32),
 }
 
 impl Kernel {
     /// `name` must be unique for `files`; `header` is prepended to them.
-    pub fn new(name: &'static str, header: String, files: &'static [&'static str], workgroup: (u32, u32, u32)) -> Self {
+    pub fn new(name: &'static str, header: String, files: Vec<&'static str>, workgroup: (u32, u32, u32)) -> Self {
         Self { name, header, files, workgroup }
     }
 
     /// The whole WGSL text that is compiled.
     pub fn text(&self) -> String {
         let mut text = self.header.clone();
-        for file in self.files {
+        for file in &self.files {
             text.push('\n');
             text.push_str(file);
         }
         text
+    }
+
+    /// Bytes of workgroup memory, each variable rounded up to 16 as Metal does; an error where naga refuses the text.
+    pub fn workgroup_memory(&self) -> Result<u32, String> {
+        let text = self.text();
+        let module = naga::front::wgsl::parse_str(&text).map_err(|e| e.emit_to_string(&text))?;
+        let everything = naga::valid::Capabilities::all();
+        let mut validator = naga::valid::Validator::new(naga::valid::ValidationFlags::all(), everything);
+        validator.validate(&module).map_err(|e| e.emit_to_string(&text))?;
+        let sizes = module
+            .global_variables
+            .iter()
+            .filter(|(_, variable)| variable.space == naga::AddressSpace::WorkGroup)
+            .map(|(_, variable)| module.types[variable.ty].inner.size(module.to_ctx()).next_multiple_of(16));
+        Ok(sizes.sum())
     }
 
     /// Queues one launch over `grid` workgroups: `tensors` are bound at 0, 1, 2, ... and `params` (32-bit words) last.
@@ -46,6 +64,68 @@ impl Kernel {
         arguments.info = MetadataBindingInfo::custom(pack(params));
         tensors[0].client.launch(Box::new(self), CubeCount::Static(grid.0, grid.1, grid.2), arguments);
     }
+}
+
+/// A grid of `groups` workgroups, folded into two dimensions where one is too short.
+pub fn fold(groups: u32) -> (u32, u32, u32) {
+    const LONGEST: u32 = 65_535;
+    if groups <= LONGEST {
+        return (groups.max(1), 1, 1);
+    }
+    let y = groups.div_ceil(LONGEST);
+    (groups.div_ceil(y), y, 1)
+}
+
+/// What of a device decides which kernels it can run.
+#[derive(Clone, Debug, Default)]
+pub struct Capabilities {
+    /// The subgroup's size where it is always the same.
+    pub subgroup_size: Option<u32>,
+    /// Cooperative matrices with f32 sums: (edge, whether f16 is multiplied; else f32).
+    pub matrices: Vec<(u32, bool)>,
+    /// Whether shaders have f16.
+    pub f16: bool,
+}
+
+/// Which kernels the user wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Kernels {
+    /// The fastest that keeps the tensors' precision.
+    #[default]
+    Auto,
+    /// Burn primitives only.
+    Composed,
+    /// Our kernels without subgroups and cooperative matrices.
+    Scalar,
+    /// Our kernels with cooperative matrices; f32 tensors are multiplied in f16 where the device has no f32 matrices.
+    Coop,
+}
+
+/// The devices that were opened, and the choice for this process.
+static DEVICES: RwLock<Vec<(CubeDevice, Capabilities)>> = RwLock::new(Vec::new());
+static CHOICE: RwLock<Kernels> = RwLock::new(Kernels::Auto);
+
+/// Makes a device's capabilities known to the operations.
+pub fn register(device: CubeDevice, capabilities: Capabilities) {
+    DEVICES.write().unwrap_or_else(PoisonError::into_inner).push((device, capabilities));
+}
+
+/// The capabilities of a tensor's device; nothing special where it was opened by other means than [`crate::device`].
+pub fn capabilities(tensor: &CubeTensor) -> Capabilities {
+    let devices = DEVICES.read().unwrap_or_else(PoisonError::into_inner);
+    let known = devices.iter().find(|(device, _)| *device == tensor.device);
+    known.map(|(_, capabilities)| capabilities.clone()).unwrap_or_default()
+}
+
+/// Chooses the kernels of this process.
+pub fn choose(kernels: Kernels) {
+    *CHOICE.write().unwrap_or_else(PoisonError::into_inner) = kernels;
+}
+
+/// The kernels that were chosen.
+pub fn choice() -> Kernels {
+    *CHOICE.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Two 32-bit words in one u64, low word first, filled with zeros up to the 16 bytes that a uniform's size is a multiple of.
@@ -90,6 +170,14 @@ pub fn empty(tensor: &CubeTensor, shape: burn::tensor::Shape) -> CubeTensor {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn grids_are_folded_without_losing_a_group() {
+        for groups in [1, 65_535, 65_536, 1_000_000] {
+            let (x, y, _) = super::fold(groups);
+            assert!(x <= 65_535 && y <= 65_535 && x * y >= groups && x * y < groups + x, "{groups}: {x} {y}");
+        }
+    }
+
     #[test]
     fn params_are_packed_low_word_first_and_padded_to_16_bytes() {
         assert_eq!(super::pack(&[1, 2, 3]), [1 | 2 << 32, 3]);

@@ -13,7 +13,7 @@
 // The forward is out = dropout(P) V. dS is kept unscaled: in f16 the scale would cost it exponents at the small end.
 // Workgroups of the longest rows are launched first; tiles above the diagonal are never visited.
 //
-// Header (beside it attention_coop_memory_vec4.wgsl, or on Metal attention_coop_memory_scalar.wgsl, and philox.wgsl):
+// Header (beside it attention_coop_memory.wgsl, and philox.wgsl):
 //     enable f16 (unless both types are f32); enable wgpu_cooperative_matrix
 //     elem           f32 or f16, the storage type
 //     mat_elem       f16, or f32 where the matrices have it: what is multiplied; sums are f32

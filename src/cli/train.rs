@@ -12,7 +12,9 @@ use crate::config::{Config, QUICKSTART};
 use crate::corpus;
 use crate::data::{Dataset, Split};
 use crate::device::{self, Chosen};
+use crate::kernel;
 use crate::model::GptConfig;
+use crate::ops::attention;
 use crate::prepare::{self, Source};
 use crate::sample::{Sampling, generate};
 use crate::tokenizer::{Meta, Tokenizer};
@@ -51,6 +53,10 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
 
     let chosen = device::choose(config.train.device.parse()?)?;
     say(chosen.to_string());
+    kernel::choose(config.train.kernels);
+    if chosen.adapter.is_some() {
+        say(attention::describe(&chosen.capabilities));
+    }
     let bare = args.config.is_none() && !given(matches, "dataset") && resumed.is_none();
     let dir = dataset(&mut config, bare, args.quiet)?;
     let start = known_start(&config, resumed, &chosen)?;

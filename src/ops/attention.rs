@@ -1,5 +1,9 @@
 //! Causal self-attention over the packed projection: no transposed copy of q, k or v is ever asked of the caller.
 
+pub mod tiles;
+
+use std::sync::Once;
+
 use burn::backend::{
     Autodiff, AutodiffBackend, Backend, Dispatch, Flex, TensorMetadata,
     autodiff::{
@@ -10,10 +14,12 @@ use burn::backend::{
     backend_extension,
     tensor::{Device, FloatTensor},
 };
-use burn::tensor::{Shape, Slice, Tensor, TensorData};
-use burn_cubecl::CubeBackend;
+use burn::tensor::{DType, Shape, Slice, Tensor, TensorData};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
+use self::tiles::{HEAD_DIMS, Pass, Variant};
 use super::dropout::{Dropout, DropoutOps};
+use crate::kernel::{self, Capabilities, Kernels, fold};
 
 /// Added to the scores of the future. Finite: Metal compiles with fast math, under which infinities are not to be relied on.
 const MASKED: f32 = -1e30;
@@ -28,15 +34,7 @@ pub trait AttentionOps: DropoutOps {
         n_head: usize,
         dropout: Dropout,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (q, k, v) = split_heads::<Self>(qkv, n_head);
-        let scores = masked_scores::<Self>(q, k); // (B, H, T, T)
-        let max = Self::float_max_dim(scores.clone(), 3);
-        let weights = Self::float_exp(Self::float_sub(scores, max.clone()));
-        let sum = Self::float_sum_dim(weights.clone(), 3);
-        let probabilities = Self::float_div(weights, sum.clone());
-        let kept = drop::<Self>(probabilities, dropout);
-        let out = merge_heads::<Self>(Self::float_matmul(kept, v));
-        (out, Self::float_add(max, Self::float_log(sum)))
+        composed_forward::<Self>(qkv, n_head, dropout)
     }
 
     /// dout, out (B, T, C), qkv (B, T, 3C), lse (B, H, T, 1) -> dqkv (B, T, 3C).
@@ -48,25 +46,7 @@ pub trait AttentionOps: DropoutOps {
         n_head: usize,
         dropout: Dropout,
     ) -> FloatTensor<Self> {
-        let (q, k, v) = split_heads::<Self>(qkv, n_head);
-        let head_dim = q.shape()[3];
-        let dout_heads = heads::<Self>(dout, n_head); // (B, H, T, D)
-        let out_heads = heads::<Self>(out, n_head);
-        let p = Self::float_exp(Self::float_sub(masked_scores::<Self>(q.clone(), k.clone()), lse));
-        // out = kept v  =>  dv = keptᵀ dout, dkept = dout vᵀ
-        let kept = drop::<Self>(p.clone(), dropout);
-        let dv = Self::float_matmul(Self::float_swap_dims(kept, 2, 3), dout_heads.clone());
-        let dkept = Self::float_matmul(dout_heads.clone(), Self::float_swap_dims(v, 2, 3));
-        // kept = mask p  =>  dp = mask dkept
-        let dp = drop::<Self>(dkept, dropout);
-        // p = softmax(s)  =>  ds = p (dp - Σ dp p), and Σ dp p = Σ dout out
-        let delta = Self::float_sum_dim(Self::float_mul(dout_heads, out_heads), 3);
-        let ds = Self::float_mul(p, Self::float_sub(dp, delta));
-        let ds = Self::float_mul_scalar(ds, (1.0 / (head_dim as f64).sqrt()).into());
-        // s = q kᵀ / √D  =>  dq = ds k / √D, dk = dsᵀ q / √D
-        let dq = Self::float_matmul(ds.clone(), k);
-        let dk = Self::float_matmul(Self::float_swap_dims(ds, 2, 3), q);
-        Self::float_cat(vec![merge_heads::<Self>(dq), merge_heads::<Self>(dk), merge_heads::<Self>(dv)], 2)
+        composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout)
     }
 }
 
@@ -117,7 +97,178 @@ fn drop<B: DropoutOps>(x: FloatTensor<B>, dropout: Dropout) -> FloatTensor<B> {
 
 impl AttentionOps for Flex {}
 
-impl AttentionOps for CubeBackend {}
+/// The whole of [`AttentionOps::causal_attention`]'s default, for the GPU path to fall back on.
+fn composed_forward<B: DropoutOps>(
+    qkv: FloatTensor<B>,
+    n_head: usize,
+    dropout: Dropout,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (q, k, v) = split_heads::<B>(qkv, n_head);
+    let scores = masked_scores::<B>(q, k); // (B, H, T, T)
+    let max = B::float_max_dim(scores.clone(), 3);
+    let weights = B::float_exp(B::float_sub(scores, max.clone()));
+    let sum = B::float_sum_dim(weights.clone(), 3);
+    let probabilities = B::float_div(weights, sum.clone());
+    let kept = drop::<B>(probabilities, dropout);
+    let out = merge_heads::<B>(B::float_matmul(kept, v));
+    (out, B::float_add(max, B::float_log(sum)))
+}
+
+/// The whole of [`AttentionOps::causal_attention_backward`]'s default.
+fn composed_backward<B: DropoutOps>(
+    dout: FloatTensor<B>,
+    qkv: FloatTensor<B>,
+    out: FloatTensor<B>,
+    lse: FloatTensor<B>,
+    n_head: usize,
+    dropout: Dropout,
+) -> FloatTensor<B> {
+    let (q, k, v) = split_heads::<B>(qkv, n_head);
+    let head_dim = q.shape()[3];
+    let dout_heads = heads::<B>(dout, n_head); // (B, H, T, D)
+    let out_heads = heads::<B>(out, n_head);
+    let p = B::float_exp(B::float_sub(masked_scores::<B>(q.clone(), k.clone()), lse));
+    // out = kept v  =>  dv = keptᵀ dout, dkept = dout vᵀ
+    let kept = drop::<B>(p.clone(), dropout);
+    let dv = B::float_matmul(B::float_swap_dims(kept, 2, 3), dout_heads.clone());
+    let dkept = B::float_matmul(dout_heads.clone(), B::float_swap_dims(v, 2, 3));
+    // kept = mask p  =>  dp = mask dkept
+    let dp = drop::<B>(dkept, dropout);
+    // p = softmax(s)  =>  ds = p (dp - Σ dp p), and Σ dp p = Σ dout out
+    let delta = B::float_sum_dim(B::float_mul(dout_heads, out_heads), 3);
+    let ds = B::float_mul(p, B::float_sub(dp, delta));
+    let ds = B::float_mul_scalar(ds, (1.0 / (head_dim as f64).sqrt()).into());
+    // s = q kᵀ / √D  =>  dq = ds k / √D, dk = dsᵀ q / √D
+    let dq = B::float_matmul(ds.clone(), k);
+    let dk = B::float_matmul(B::float_swap_dims(ds, 2, 3), q);
+    B::float_cat(vec![merge_heads::<B>(dq), merge_heads::<B>(dk), merge_heads::<B>(dv)], 2)
+}
+
+/// The kernels that serve `qkv` under the user's choice; none: the composed version.
+fn variant(qkv: &CubeTensor, n_head: usize) -> Option<Variant> {
+    let channels = qkv.meta.shape()[2] / 3;
+    let head_dim = channels / n_head;
+    let f16 = qkv.dtype == DType::F16;
+    if kernel::choice() == Kernels::Composed || !(f16 || qkv.dtype == DType::F32) {
+        return None;
+    }
+    if !HEAD_DIMS.contains(&head_dim) {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            tracing::warn!("no fused attention for head dimension {head_dim} (there is {HEAD_DIMS:?}): composed instead");
+        });
+        return None;
+    }
+    pick(kernel::choice(), &tiles::supported(&kernel::capabilities(qkv), f16), f16)
+}
+
+/// `auto` multiplies f32 tensors in f32, and does not take edge 8 by itself: no Mac has run it yet.
+fn pick(choice: Kernels, supported: &[Variant], f16: bool) -> Option<Variant> {
+    let coop = |v: &&Variant| matches!(v, Variant::Coop { .. });
+    let found = match choice {
+        Kernels::Composed => None,
+        Kernels::Scalar => supported.iter().find(|v| **v == Variant::Scalar),
+        Kernels::Coop => supported.iter().find(coop).or(supported.first()),
+        Kernels::Auto if f16 => supported.iter().find(|v| !matches!(v, Variant::Coop { edge: 8, .. })),
+        Kernels::Auto => supported.iter().find(|v| **v == Variant::Scalar),
+    };
+    found.copied()
+}
+
+/// What attention will run on a device with these capabilities, for the line at start-up.
+pub fn describe(capabilities: &Capabilities) -> String {
+    let name = match pick(kernel::choice(), &tiles::supported(capabilities, false), false) {
+        None => "composed".to_string(),
+        Some(Variant::Scalar) => "fused, scalar f32".to_string(),
+        Some(Variant::Coop { edge, f16 }) => {
+            format!("fused, {edge}x{edge} cooperative matrices, products in {}", if f16 { "f16" } else { "f32" })
+        }
+    };
+    format!("attention: {name}")
+}
+
+/// Sizes and dropout as the attention kernels' `Params`.
+fn params(qkv: &CubeTensor, n_head: usize, dropout: Dropout) -> Vec<u32> {
+    let [batch, time, _] = qkv.meta.shape().dims::<3>();
+    let mut params = vec![batch as u32, n_head as u32, time as u32, 0];
+    params.extend(dropout.params());
+    params.extend([0, 0]);
+    params
+}
+
+/// Queues one of the tiled kernels over `tensors`, bound in the order that its file states; all are contiguous.
+///
+/// For the tests and benchmarks, which give their own outputs; the model calls [`causal_attention`].
+pub fn launch(
+    pass: Pass,
+    variant: Variant,
+    n_head: usize,
+    dropout: Dropout,
+    qkv: &CubeTensor,
+    tensors: &[&CubeTensor],
+) {
+    let [batch, time, width] = qkv.meta.shape().dims::<3>();
+    let f16 = qkv.dtype == DType::F16;
+    let (kernel, rows) = tiles::kernel(pass, variant, width / 3 / n_head, f16, dropout.is_on());
+    let groups = batch * n_head * time.div_ceil(rows as usize);
+    kernel.launch(fold(groups as u32), tensors, &params(qkv, n_head, dropout));
+}
+
+/// Queues delta = rowsum(dout · out) over [dout, out, delta].
+pub fn launch_delta(n_head: usize, qkv: &CubeTensor, tensors: &[&CubeTensor]) {
+    let [batch, time, width] = qkv.meta.shape().dims::<3>();
+    let (kernel, rows) = tiles::delta_kernel(width / 3 / n_head, qkv.dtype == DType::F16);
+    let groups = (batch * time * n_head).div_ceil(rows as usize);
+    kernel.launch(fold(groups as u32), tensors, &params(qkv, n_head, Dropout::OFF));
+}
+
+/// A contiguous f32 tensor (B, H, T, 1) on qkv's device.
+fn row_values(qkv: &CubeTensor, n_head: usize) -> CubeTensor {
+    let [batch, time, _] = qkv.meta.shape().dims::<3>();
+    let shape = Shape::new([batch, n_head, time, 1]);
+    let buffer = qkv.client.empty(shape.num_elements() * 4);
+    CubeTensor::new_contiguous(qkv.client.clone(), qkv.device.clone(), shape, buffer, DType::F32)
+}
+
+impl AttentionOps for CubeBackend {
+    fn causal_attention(
+        qkv: FloatTensor<Self>,
+        n_head: usize,
+        dropout: Dropout,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let Some(variant) = variant(&qkv, n_head) else {
+            return composed_forward::<Self>(qkv, n_head, dropout);
+        };
+        let qkv = into_contiguous(qkv);
+        let [batch, time, width] = qkv.meta.shape().dims::<3>();
+        let out = kernel::empty(&qkv, Shape::new([batch, time, width / 3]));
+        let lse = row_values(&qkv, n_head);
+        launch(Pass::Forward, variant, n_head, dropout, &qkv, &[&qkv, &out, &lse]);
+        (out, lse)
+    }
+
+    fn causal_attention_backward(
+        dout: FloatTensor<Self>,
+        qkv: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        n_head: usize,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        let Some(variant) = variant(&qkv, n_head) else {
+            return composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout);
+        };
+        let (dout, qkv, out, lse) =
+            (into_contiguous(dout), into_contiguous(qkv), into_contiguous(out), into_contiguous(lse));
+        let delta = row_values(&qkv, n_head);
+        let dqkv = kernel::empty_like(&qkv);
+        launch_delta(n_head, &qkv, &[&dout, &out, &delta]);
+        let tensors = [&qkv, &dout, &lse, &delta, &dqkv];
+        launch(Pass::Dq, variant, n_head, dropout, &qkv, &tensors);
+        launch(Pass::Dkv, variant, n_head, dropout, &qkv, &tensors);
+        dqkv
+    }
+}
 
 #[derive(Clone, Debug)]
 struct AttentionState<B: AttentionOps> {

@@ -1,5 +1,5 @@
 // The workgroup memory of the attention_coop_* kernels, kept in single elements: Metal's simdgroup_load wants a pointer
-// to the matrix's element type. On an H200 attention_coop_memory_vec4.wgsl is up to 2 % faster.
+// to the matrix's element type. Keeping it in vec4 instead gained at most 2 % on an H200.
 //
 // Expects from the header: mat_elem. Expects from the kernel: TILE_SIZE, SCRATCH_SIZE (elements, multiples of 4).
 // A matrix's place in an array is its element index / PACK, and its stride in elements / PACK.

@@ -1,0 +1,237 @@
+//! Which attention kernel runs with which tiles: tables of data, and the headers made from them.
+//!
+//! Every row was measured on an NVIDIA H200 against its neighbours (docs/measurements/attention-h200.md); the rows for edge 8
+//! are a start, not measured on any Mac. Small tiles win: 16 keys a tile beat 32, and less workgroup memory beats more.
+
+use crate::kernel::{Capabilities, Kernel};
+
+/// Head dimensions that the kernels exist for; others take the composed version.
+pub const HEAD_DIMS: [usize; 6] = [16, 32, 64, 80, 96, 128];
+
+/// How the products are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variant {
+    /// f32 arithmetic, no subgroups: runs everywhere.
+    Scalar,
+    /// Cooperative matrices of this edge; what is multiplied is f16 or f32, sums are f32.
+    Coop {
+        /// Rows and columns of a matrix, 8 or 16.
+        edge: u32,
+        /// Whether f16 is multiplied, else f32.
+        f16: bool,
+    },
+}
+
+/// The three kernels that have tiles; delta has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// out and lse.
+    Forward,
+    /// dQ.
+    Dq,
+    /// dK and dV.
+    Dkv,
+}
+
+/// Tiles of a scalar kernel. `own` are the rows of a workgroup (queries, or keys in dK/dV), `other` the rows of a tile.
+struct Scalar {
+    threads: u32,
+    own: u32,
+    other: u32,
+    dim_chunk: u32,
+    key_chunk: u32,
+    score_cols: u32,
+    out_cols: u32,
+}
+
+#[rustfmt::skip] // a table
+const fn scalar(head_dim: usize, pass: Pass) -> Scalar {
+    const fn row(threads: u32, own: u32, other: u32, dim_chunk: u32, key_chunk: u32, score_cols: u32, out_cols: u32) -> Scalar {
+        Scalar { threads, own, other, dim_chunk, key_chunk, score_cols, out_cols }
+    }
+    match (pass, head_dim) {
+        (Pass::Forward, 16) => row(64, 64, 32, 16, 32, 8, 4),
+        (Pass::Forward, 32) => row(128, 64, 32, 16, 32, 8, 8),
+        (Pass::Forward, 64) => row(128, 64, 32, 16, 32, 8, 16),
+        (Pass::Forward, 80) => row(64, 64, 32, 16, 16, 8, 4),
+        (Pass::Forward, 96) => row(128, 64, 32, 16, 16, 8, 8),
+        (Pass::Forward, _) => row(128, 64, 32, 16, 16, 8, 16),
+        (Pass::Dq, 16) => row(64, 32, 32, 16, 0, 8, 4),
+        (Pass::Dq, 32) => row(128, 64, 32, 16, 0, 8, 8),
+        (Pass::Dq, 64) => row(128, 32, 32, 16, 0, 8, 16),
+        (Pass::Dq, 80) => row(64, 32, 16, 80, 0, 4, 4),
+        (Pass::Dq, 96) => row(128, 64, 16, 16, 0, 4, 8),
+        (Pass::Dq, _) => row(128, 32, 16, 32, 0, 4, 16),
+        (Pass::Dkv, 16) => row(64, 32, 32, 16, 0, 8, 4),
+        (Pass::Dkv, 32) => row(128, 64, 32, 16, 0, 8, 8),
+        (Pass::Dkv, 64) => row(64, 32, 16, 32, 0, 4, 16),
+        (Pass::Dkv, 80) => row(64, 32, 16, 80, 0, 4, 4),
+        (Pass::Dkv, 96) => row(128, 64, 16, 16, 0, 4, 8),
+        (Pass::Dkv, _) => row(64, 32, 16, 32, 0, 4, 16),
+    }
+}
+
+/// Tiles of a cooperative kernel: a workgroup owns subgroups · row_blocks · edge rows and streams `other` rows a tile.
+struct Coop {
+    subgroups: u32,
+    row_blocks: u32,
+    other: u32,
+}
+
+#[rustfmt::skip] // a table
+const fn coop(edge: u32, head_dim: usize, pass: Pass) -> Coop {
+    const fn row(subgroups: u32, row_blocks: u32, other: u32) -> Coop {
+        Coop { subgroups, row_blocks, other }
+    }
+    match (edge, pass, head_dim) {
+        (8, _, _) => row(4, 2, 16),
+        (_, Pass::Forward, 16) => row(2, 2, 16),
+        (_, Pass::Forward, 32) => row(4, 2, 16),
+        (_, Pass::Forward, 64 | 80) => row(8, 1, 16),
+        (_, Pass::Forward, _) => row(4, 1, 16),
+        (_, Pass::Dq, 16) => row(4, 2, 32),
+        (_, Pass::Dq, 32) => row(4, 2, 16),
+        (_, Pass::Dq, 64) => row(8, 1, 16),
+        (_, Pass::Dq, _) => row(4, 1, 16),
+        (_, Pass::Dkv, 16) => row(4, 2, 16),
+        (_, Pass::Dkv, 32) => row(8, 1, 32),
+        (_, Pass::Dkv, 64) => row(4, 1, 16),
+        (_, Pass::Dkv, 80 | 96) => row(4, 1, 32),
+        (_, Pass::Dkv, _) => row(8, 1, 16),
+    }
+}
+
+/// Score columns that a subgroup handles at a time in the backward.
+const SCORE_COLS: u32 = 16;
+
+/// Exact size of a subgroup that the cooperative kernels are made for.
+const SUBGROUP_SIZE: u32 = 32;
+
+/// The variants that a device can run, best first, for tensors of f16 (or f32).
+pub fn supported(capabilities: &Capabilities, f16_storage: bool) -> Vec<Variant> {
+    let mut variants = Vec::new();
+    if capabilities.subgroup_size == Some(SUBGROUP_SIZE) {
+        let has = |edge, f16| capabilities.matrices.contains(&(edge, f16));
+        variants.extend(
+            [(16, true), (8, true), (8, false)]
+                .into_iter()
+                .filter(|&(edge, f16)| has(edge, f16) && (f16 || !f16_storage))
+                .map(|(edge, f16)| Variant::Coop { edge, f16 }),
+        );
+    }
+    if !f16_storage || capabilities.f16 {
+        variants.push(Variant::Scalar);
+    }
+    variants
+}
+
+/// One kernel of attention, and the rows that a workgroup of it owns.
+pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, dropout: bool) -> (Kernel, u32) {
+    let elem = if f16_storage { "f16" } else { "f32" };
+    let common = format!("alias elem = {elem};\nconst DROPOUT: bool = {dropout};\nconst HEAD_DIM: u32 = {head_dim}u;\n");
+    let philox = include_str!("../../../wgsl/philox.wgsl");
+    // The names of the two tile sizes depend on which side a workgroup owns.
+    let (own_name, other_name) = if pass == Pass::Dkv { ("BLOCK_K", "BLOCK_Q") } else { ("BLOCK_Q", "BLOCK_K") };
+    match variant {
+        Variant::Scalar => {
+            let t = scalar(head_dim, pass);
+            let constants: &[(&str, u32)] = &[
+                ("THREADS", t.threads),
+                (own_name, t.own),
+                (other_name, t.other),
+                ("DIM_CHUNK", t.dim_chunk),
+                ("SCORE_COLS", t.score_cols),
+                ("OUT_COLS", t.out_cols),
+                ("KEY_CHUNK", t.key_chunk),
+            ];
+            let used = if pass == Pass::Forward { constants.len() } else { constants.len() - 1 };
+            let enable = if f16_storage { "enable f16;\n" } else { "" };
+            let header = format!("{enable}{common}{}", declare(&constants[..used]));
+            let (name, file) = match pass {
+                Pass::Forward => ("attention_scalar_forward", include_str!("../../../wgsl/attention_scalar_forward.wgsl")),
+                Pass::Dq => ("attention_scalar_dq", include_str!("../../../wgsl/attention_scalar_dq.wgsl")),
+                Pass::Dkv => ("attention_scalar_dkv", include_str!("../../../wgsl/attention_scalar_dkv.wgsl")),
+            };
+            (Kernel::new(name, header, vec![philox, file], (t.threads, 1, 1)), t.own)
+        }
+        Variant::Coop { edge, f16 } => {
+            let t = coop(edge, head_dim, pass);
+            let matrix = if f16 { "f16" } else { "f32" };
+            let needs_f16 = f16 || f16_storage;
+            // dK/dV of f32 tensors wants 32 queries a tile: half as many, and slower, conversions between barriers.
+            let other = if pass == Pass::Dkv && head_dim == 64 && edge == 16 && !f16_storage { 32 } else { t.other };
+            let mut constants = vec![
+                ("EDGE", edge),
+                ("SUBGROUP_SIZE", SUBGROUP_SIZE),
+                ("SUBGROUPS", t.subgroups),
+                ("ROW_BLOCKS", t.row_blocks),
+                (other_name, other),
+            ];
+            if pass != Pass::Forward {
+                constants.push(("SCORE_COLS", SCORE_COLS));
+            }
+            let header = format!(
+                "{}enable wgpu_cooperative_matrix;\n{common}alias mat_elem = {matrix};\n\
+                 alias mat_a = coop_mat{edge}x{edge}<{matrix}, A>;\nalias mat_b = coop_mat{edge}x{edge}<{matrix}, B>;\n\
+                 alias mat_c = coop_mat{edge}x{edge}<f32, C>;\n{}",
+                if needs_f16 { "enable f16;\n" } else { "" },
+                declare(&constants)
+            );
+            let memory = include_str!("../../../wgsl/attention_coop_memory.wgsl");
+            let (name, file) = match pass {
+                Pass::Forward => ("attention_coop_forward", include_str!("../../../wgsl/attention_coop_forward.wgsl")),
+                Pass::Dq => ("attention_coop_dq", include_str!("../../../wgsl/attention_coop_dq.wgsl")),
+                Pass::Dkv => ("attention_coop_dkv", include_str!("../../../wgsl/attention_coop_dkv.wgsl")),
+            };
+            let threads = t.subgroups * SUBGROUP_SIZE;
+            let kernel = Kernel::new(name, header, vec![philox, memory, file], (threads, 1, 1));
+            (kernel, t.subgroups * t.row_blocks * edge)
+        }
+    }
+}
+
+/// delta = rowsum(dout · out), 64 rows a workgroup.
+pub fn delta_kernel(head_dim: usize, f16_storage: bool) -> (Kernel, u32) {
+    let (enable, elem) = if f16_storage { ("enable f16;\n", "f16") } else { ("", "f32") };
+    let header = format!("{enable}alias elem = {elem};\nconst HEAD_DIM: u32 = {head_dim}u;\n");
+    let file = include_str!("../../../wgsl/attention_delta.wgsl");
+    (Kernel::new("attention_delta", header, vec![file], (256, 1, 1)), 64)
+}
+
+fn declare(constants: &[(&str, u32)]) -> String {
+    constants.iter().map(|(name, value)| format!("const {name}: u32 = {value}u;\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every row that any device can select is valid WGSL, and keeps Metal's 32 KiB where Metal can reach it.
+    #[test]
+    fn every_row_of_the_tables_is_valid_and_fits() {
+        let variants = [
+            Variant::Scalar,
+            Variant::Coop { edge: 16, f16: true },
+            Variant::Coop { edge: 8, f16: true },
+            Variant::Coop { edge: 8, f16: false },
+        ];
+        for variant in variants {
+            for head_dim in HEAD_DIMS {
+                for pass in [Pass::Forward, Pass::Dq, Pass::Dkv] {
+                    for (f16, dropout) in [(false, false), (false, true), (true, false), (true, true)] {
+                        if f16 && variant == (Variant::Coop { edge: 8, f16: false }) {
+                            continue; // never selected: f16 tensors take f16 matrices
+                        }
+                        let (kernel, _) = kernel(pass, variant, head_dim, f16, dropout);
+                        let what = format!("{pass:?} {variant:?} D {head_dim} f16 {f16}");
+                        let bytes = kernel.workgroup_memory().unwrap_or_else(|error| panic!("{what}: {error}"));
+                        assert!(bytes <= 32 << 10, "{what}: {bytes} bytes of workgroup memory");
+                    }
+                }
+                for f16 in [false, true] {
+                    delta_kernel(head_dim, f16).0.workgroup_memory().unwrap();
+                }
+            }
+        }
+    }
+}

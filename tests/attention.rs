@@ -1,0 +1,260 @@
+//! The fused attention kernels on the adapter present, every variant it supports, against the f64 twins: values, gradients,
+//! guards around every output, causality to the bit, dropout, large logits, and the same loss curve as the composed version.
+
+mod common;
+
+use burn::backend::DispatchTensorKind;
+use burn::tensor::{DType, Device, Shape, Tensor};
+use burn_cubecl::tensor::CubeTensor;
+use common::twins::{self, AttentionShape};
+use common::*;
+use gpt_wgpu::kernel::{self, Kernels};
+use gpt_wgpu::ops::attention::tiles::{self, HEAD_DIMS, Pass, Variant};
+use gpt_wgpu::ops::attention::{causal_attention, launch, launch_delta};
+use gpt_wgpu::ops::dropout::Dropout;
+
+const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 0xfeed_beef_cafe, step: 3, site: 0x101 };
+
+/// Floats before and after every output that no kernel may touch; 256 bytes is the largest binding alignment.
+const GUARD: usize = 64;
+
+fn shape(batch: usize, time: usize, heads: usize, head_dim: usize) -> AttentionShape {
+    AttentionShape { batch, time, heads, head_dim }
+}
+
+fn primitive<const D: usize>(tensor: Tensor<D>) -> CubeTensor {
+    match tensor.into_dispatch().kind {
+        DispatchTensorKind::Cube(tensor) => tensor.float(),
+        _ => panic!("not a GPU tensor"),
+    }
+}
+
+/// An output inside a larger buffer of NaN.
+struct Guarded {
+    whole: Tensor<1>,
+    inside: CubeTensor,
+    count: usize,
+}
+
+impl Guarded {
+    fn new<const D: usize>(dims: [usize; D], device: &Device) -> Self {
+        let count: usize = dims.iter().product();
+        let after = GUARD + count.next_multiple_of(GUARD) - count;
+        let whole = tensor(&vec![f64::NAN; GUARD + count + after], [GUARD + count + after], device);
+        let t = primitive(whole.clone());
+        let handle = t.handle.clone().offset_start(4 * GUARD as u64).offset_end(4 * after as u64);
+        let shape = Shape::new(dims);
+        let inside = CubeTensor::new_contiguous(t.client.clone(), t.device.clone(), shape, handle, DType::F32);
+        Self { whole, inside, count }
+    }
+
+    /// The output's values, after a check that nothing around them was written.
+    #[track_caller]
+    fn values(self, what: &str) -> Vec<f64> {
+        drop(self.inside);
+        let all = values(self.whole);
+        let (inside, after) = all[GUARD..].split_at(self.count);
+        assert!(all[..GUARD].iter().all(|v| v.is_nan()), "{what}: wrote before its output");
+        assert!(after.iter().all(|v| v.is_nan()), "{what}: wrote behind its output");
+        inside.to_vec()
+    }
+}
+
+/// The variants that the adapter supports for f32 tensors, each with its tolerance relative to the root mean square.
+///
+/// f16 products carry 11 bits into sums of up to T terms; f32 ones 24.
+fn variants(device: &Device) -> Vec<(Variant, f64)> {
+    let probe = primitive(tensor(&[0.0], [1], device));
+    let supported = tiles::supported(&kernel::capabilities(&probe), false);
+    assert!(supported.contains(&Variant::Scalar));
+    supported
+        .into_iter()
+        .map(|variant| (variant, if matches!(variant, Variant::Coop { f16: true, .. }) { 3e-2 } else { 2e-4 }))
+        .collect()
+}
+
+#[track_caller]
+fn assert_near(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
+    let rms = (want.iter().map(|v| v * v).sum::<f64>() / want.len() as f64).sqrt().max(1e-3);
+    let scale = |v: &[f64]| v.iter().map(|v| v / rms).collect::<Vec<_>>();
+    assert_close(what, &scale(got), &scale(want), tolerance);
+}
+
+/// Runs all four kernels of `variant` over guarded outputs and compares each with the twins.
+fn check(device: &Device, variant: Variant, tolerance: f64, s: AttentionShape, dropout: Dropout, scale: f64) {
+    let what = |part: &str| format!("{variant:?} {s:?} dropout {} {part}", dropout.is_on());
+    let mut random = Random((s.time * 131 + s.head_dim) as u64);
+    let channels = s.channels();
+    let mut qkv = random.vec(s.batch * s.time * 3 * channels);
+    for token in qkv.chunks_mut(3 * channels) {
+        token[..2 * channels].iter_mut().for_each(|v| *v = f64::from((*v * scale) as f32)); // q and k only
+    }
+    let dout = random.vec(s.batch * s.time * channels);
+    let (want_out, want_lse) = twins::attention(&qkv, s, dropout);
+    let want_dqkv = twins::attention_backward(&dout, &qkv, s, dropout);
+
+    let input = primitive(tensor(&qkv, [s.batch, s.time, 3 * channels], device));
+    let cotangent = primitive(tensor(&dout, [s.batch, s.time, channels], device));
+    let out = Guarded::new([s.batch, s.time, channels], device);
+    let lse = Guarded::new([s.batch, s.heads, s.time, 1], device);
+    let delta = Guarded::new([s.batch, s.heads, s.time, 1], device);
+    let dqkv = Guarded::new([s.batch, s.time, 3 * channels], device);
+    launch(Pass::Forward, variant, s.heads, dropout, &input, &[&input, &out.inside, &lse.inside]);
+    launch_delta(s.heads, &input, &[&cotangent, &out.inside, &delta.inside]);
+    let tensors = [&input, &cotangent, &lse.inside, &delta.inside, &dqkv.inside];
+    launch(Pass::Dq, variant, s.heads, dropout, &input, &tensors);
+    launch(Pass::Dkv, variant, s.heads, dropout, &input, &tensors);
+
+    assert_near(&what("out"), &out.values("out"), &want_out, tolerance);
+    assert_close(&what("lse"), &lse.values("lse"), &want_lse, if tolerance > 1e-2 { 5e-3 } else { 1e-5 });
+    delta.values("delta");
+    assert_near(&what("dqkv"), &dqkv.values("dqkv"), &want_dqkv, tolerance);
+}
+
+fn on_gpu(test: impl Fn(&Device, Variant, f64)) {
+    let Some(device) = gpu() else {
+        eprintln!("SKIPPED: no GPU adapter");
+        return;
+    };
+    for (variant, tolerance) in variants(&device) {
+        test(&device, variant, tolerance);
+    }
+}
+
+#[test]
+fn every_sequence_length_around_the_tiles() {
+    on_gpu(|device, variant, tolerance| {
+        for time in [1, 2, 31, 32, 33, 64, 65, 127, 257] {
+            check(device, variant, tolerance, shape(3, time, 5, 64), Dropout::OFF, 1.0);
+        }
+        check(device, variant, tolerance, shape(1, 1024, 1, 64), Dropout::OFF, 1.0);
+        check(device, variant, tolerance, shape(1, 1009, 1, 64), DROPOUT, 1.0);
+    });
+}
+
+#[test]
+fn every_head_dimension_with_and_without_dropout() {
+    on_gpu(|device, variant, tolerance| {
+        for head_dim in HEAD_DIMS {
+            for time in [1, 33, 130] {
+                for dropout in [Dropout::OFF, DROPOUT] {
+                    check(device, variant, tolerance, shape(1, time, 3, head_dim), dropout, 1.0);
+                }
+            }
+        }
+    });
+}
+
+/// |q · k| of about 1e4 before scaling: the softmax is nearly one-hot, and a maximum taken wrongly overflows.
+#[test]
+fn large_logits_and_constant_rows() {
+    on_gpu(|device, variant, tolerance| {
+        check(device, variant, tolerance.max(2e-3), shape(1, 97, 2, 64), Dropout::OFF, 22.0);
+        check(device, variant, tolerance, shape(1, 97, 2, 64), Dropout::OFF, 0.0);
+    });
+}
+
+#[test]
+fn a_wrong_scale_is_noticed() {
+    let Some(device) = gpu() else {
+        eprintln!("SKIPPED: no GPU adapter");
+        return;
+    };
+    let s = shape(1, 33, 1, 64);
+    let qkv = Random(1).vec(s.time * 3 * 64);
+    let (want, _) = twins::attention(&qkv, s, Dropout::OFF);
+    let wrong: Vec<f64> = qkv.iter().enumerate().map(|(i, v)| if i % 192 < 64 { v * 1.1 } else { *v }).collect();
+    let got = values(causal_attention(tensor(&wrong, [1, s.time, 192], &device), 1, Dropout::OFF));
+    let rms = (want.iter().map(|v| v * v).sum::<f64>() / want.len() as f64).sqrt();
+    let worst = got.iter().zip(&want).map(|(g, w)| (g - w).abs() / rms).fold(0.0, f64::max);
+    assert!(worst > 1e-3, "a tenth more on every query changed only {worst}");
+}
+
+#[test]
+fn no_output_sees_a_later_token_to_the_bit() {
+    on_gpu(|device, variant, _| {
+        let s = shape(1, 101, 2, 64);
+        let width = 3 * s.channels();
+        let qkv = Random(3).vec(s.time * width);
+        let run = |qkv: &[f64]| {
+            let input = primitive(tensor(qkv, [1, s.time, width], device));
+            let out = Guarded::new([1, s.time, s.channels()], device);
+            let lse = Guarded::new([1, s.heads, s.time, 1], device);
+            launch(Pass::Forward, variant, s.heads, Dropout::OFF, &input, &[&input, &out.inside, &lse.inside]);
+            out.values("out")
+        };
+        let before = run(&qkv);
+        for token in [1, 31, 32, 63, 64, 100] {
+            let mut changed = qkv.clone();
+            changed[token * width..].iter_mut().for_each(|v| *v = 3.0 - *v);
+            let after = run(&changed);
+            let first = token * s.channels();
+            assert_eq!(before[..first], after[..first], "{variant:?}: token {token} leaked backwards");
+            assert_ne!(before[first..], after[first..], "{variant:?}: token {token} changed nothing");
+        }
+    });
+}
+
+#[test]
+fn equal_runs_are_equal_to_the_bit() {
+    let Some(device) = gpu() else {
+        eprintln!("SKIPPED: no GPU adapter");
+        return;
+    };
+    let qkv = Random(8).vec(2 * 77 * 3 * 128);
+    let run = || {
+        let leaf = tensor(&qkv, [2, 77, 384], &device.clone().autodiff()).require_grad();
+        let out = causal_attention(leaf.clone(), 2, DROPOUT);
+        let grads = (out.clone() * out.clone()).sum().backward();
+        (values(out.inner()), values(leaf.grad(&grads).unwrap()))
+    };
+    assert_eq!(run(), run());
+}
+
+/// Head dimension 24 has no kernel: the composed version answers, forward and backward.
+#[test]
+fn other_head_dimensions_fall_back_on_the_composed_version() {
+    for (name, device) in devices() {
+        let s = shape(2, 9, 2, 24);
+        let qkv = Random(4).vec(2 * 9 * 3 * 48);
+        let leaf = tensor(&qkv, [2, 9, 144], &device.clone().autodiff()).require_grad();
+        let out = causal_attention(leaf.clone(), 2, Dropout::OFF);
+        assert_close_tensor(name, out.clone().inner(), &twins::attention(&qkv, s, Dropout::OFF).0, 2e-5);
+        let dout = Random(5).vec(2 * 9 * 48);
+        let grads = (out * tensor(&dout, [2, 9, 48], &device.clone().autodiff())).sum().backward();
+        let want = twins::attention_backward(&dout, &qkv, s, Dropout::OFF);
+        assert_close_tensor(name, leaf.grad(&grads).unwrap(), &want, 2e-5);
+    }
+}
+
+/// The choice is global, so this test alone changes it, in a process of its own.
+#[test]
+fn fused_and_composed_training_give_the_same_losses() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |kernels: &str| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_gpt-wgpu"))
+            .current_dir(dir.path())
+            .args(["train", "--dataset=builtin", "--n-layer=2", "--n-head=2", "--n-embd=64", "--block-size=48"])
+            .args(["--batch-size=3", "--max-iters=20", "--eval-interval=100", "--eval-iters=1", "--log-interval=1"])
+            .args(["--dropout=0.1", "--sample-tokens=0", "--warmup-iters=2", "--learning-rate=1e-3"])
+            .arg(format!("--device={}", std::env::var("GPT_WGPU_DEVICE").unwrap_or_else(|_| "vulkan".into())))
+            .args([&format!("--kernels={kernels}"), &format!("--out-dir={kernels}")])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{text}");
+        assert!(text.contains(if kernels == "composed" { "attention: composed" } else { "attention: fused" }), "{text}");
+        let metrics = std::fs::read_to_string(dir.path().join(kernels).join("metrics.jsonl")).unwrap();
+        let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64();
+        metrics.lines().filter_map(loss).collect::<Vec<_>>()
+    };
+    if gpu().is_none() {
+        eprintln!("SKIPPED: no GPU adapter");
+        return;
+    }
+    let composed = run("composed");
+    assert_eq!(composed.len(), 21);
+    assert_close("scalar", &run("scalar"), &composed, 1e-3);
+    assert_close("coop or what the device has", &run("coop"), &composed, 5e-3);
+    assert_eq!(Kernels::default(), Kernels::Auto);
+}

@@ -4,9 +4,9 @@
 //! backward, whatever a variant really computes, so that the rows compare.
 
 use anyhow::{Context, Result, bail};
-use burn::backend::{CubeBackend, DispatchTensorKind};
-use burn::tensor::{Device, DType, FloatDType, Tensor, TensorData};
-use burn_cubecl::tensor::CubeTensor;
+use burn::backend::DispatchTensorKind;
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use gpt_wgpu::device;
 use gpt_wgpu::kernel::{self, Kernels};
 use gpt_wgpu::ops::attention::AttentionOps;
@@ -39,7 +39,9 @@ fn main() -> Result<()> {
     if chosen.adapter.is_none() {
         bail!("these are GPU kernels; name an adapter with --device");
     }
-    println!("| attention B,H,T,D | dtype | variant | forward ms | TFLOP/s | backward ms | TFLOP/s | memory MB | timer |");
+    println!(
+        "| attention B,H,T,D | dtype | variant | forward ms | TFLOP/s | backward ms | TFLOP/s | memory MB | timer |"
+    );
     println!("|---|---|---|---|---|---|---|---|---|");
     for shape in if shapes.is_empty() { SHAPES.to_vec() } else { shapes } {
         for dtype in [DType::F32, DType::F16] {

@@ -33,6 +33,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Train a model; without arguments, a small one on tiny Shakespeare
+    #[command(args_override_self = true)] // the last of two equal flags wins, as in nanoGPT
     Train(train::TrainArgs),
     /// Write text with a trained model
     Sample(sample::SampleArgs),

@@ -362,8 +362,7 @@ fn open(
     if let DispatchDevice::Cube(cube) = device.as_dispatch() {
         kernel::register(cube.clone(), capabilities.clone());
     }
-    Ok(Chosen {
-        capabilities, device, name: report.name.clone(), backend: api.name(), reason, adapter: Some(report) })
+    Ok(Chosen { capabilities, device, name: report.name.clone(), backend: api.name(), reason, adapter: Some(report) })
 }
 
 #[cfg(test)]

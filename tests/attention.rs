@@ -75,7 +75,7 @@ fn variants(device: &Device) -> Vec<(Variant, f64)> {
 
 #[track_caller]
 fn assert_near(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
-    let rms = (want.iter().map(|v| v * v).sum::<f64>() / want.len() as f64).sqrt().max(1e-3);
+    let rms = (want.iter().map(|v| v * v).sum::<f64>() / want.len() as f64).sqrt().max(1e-9);
     let scale = |v: &[f64]| v.iter().map(|v| v / rms).collect::<Vec<_>>();
     assert_close(what, &scale(got), &scale(want), tolerance);
 }
@@ -89,7 +89,14 @@ fn check(device: &Device, variant: Variant, tolerance: f64, s: AttentionShape, d
     for token in qkv.chunks_mut(3 * channels) {
         token[..2 * channels].iter_mut().for_each(|v| *v = f64::from((*v * scale) as f32)); // q and k only
     }
-    let dout = random.vec(s.batch * s.time * channels);
+    // A mean over all tokens: what the gradients of training look like. In f16 alone they would vanish.
+    let tokens = (s.batch * s.time) as f64;
+    let dout: Vec<f64> =
+        random.vec(s.batch * s.time * channels).iter().map(|v| f64::from((v / tokens / 100.0) as f32)).collect();
+    if matches!(variant, Variant::Coop { f16: true, .. }) {
+        // The kernel rounds its inputs to f16; with large logits that alone moves the result.
+        qkv.iter_mut().for_each(|v| *v = half::f16::from_f64(*v).to_f64());
+    }
     let (want_out, want_lse) = twins::attention(&qkv, s, dropout);
     let want_dqkv = twins::attention_backward(&dout, &qkv, s, dropout);
 
@@ -243,7 +250,10 @@ fn fused_and_composed_training_give_the_same_losses() {
             .unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{text}");
-        assert!(text.contains(if kernels == "composed" { "attention: composed" } else { "attention: fused" }), "{text}");
+        assert!(
+            text.contains(if kernels == "composed" { "attention: composed" } else { "attention: fused" }),
+            "{text}"
+        );
         let metrics = std::fs::read_to_string(dir.path().join(kernels).join("metrics.jsonl")).unwrap();
         let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64();
         metrics.lines().filter_map(loss).collect::<Vec<_>>()

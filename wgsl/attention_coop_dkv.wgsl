@@ -47,8 +47,8 @@ struct Params {
     site: u32,
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
-    pad_0: u32,
-    pad_1: u32,
+    gradient_scale: f32, // a power of two that brings dout into f16's range; taken out again at the end
+    pad: u32,
 }
 
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;
@@ -152,7 +152,7 @@ fn stage_step(i: u32, thread: u32) {
     if (STAGE_QUADS % THREADS == 0u || index < STAGE_QUADS) {
         let place = index / DIM_QUADS * TILE_STRIDE + index % DIM_QUADS * 4u;
         store_stream_a(place, vec4<f32>(next_queries[i]));
-        store_stream_b(place, vec4<f32>(next_douts[i]));
+        store_stream_b(place, vec4<f32>(next_douts[i]) * params.gradient_scale);
     }
 }
 
@@ -161,7 +161,7 @@ fn fetch_rows(batch_head: u32, first_row: u32, thread: u32) {
     next_delta = 0.0;
     if (thread < BLOCK_Q && first_row + thread < params.seq_len) {
         next_lse = lse[batch_head * params.seq_len + first_row + thread] * LOG2_E;
-        next_delta = delta[batch_head * params.seq_len + first_row + thread];
+        next_delta = delta[batch_head * params.seq_len + first_row + thread] * params.gradient_scale;
     }
 }
 
@@ -603,10 +603,12 @@ fn main(
         }
     }
 
-    store_all_key_gradient(0u, key_base + key * qkv_stride, key < seq_len, scale);
-    store_all_value_gradient(0u, value_base + key * qkv_stride, key < seq_len, 1.0);
+    let value_factor = 1.0 / params.gradient_scale;
+    let key_factor = scale * value_factor;
+    store_all_key_gradient(0u, key_base + key * qkv_stride, key < seq_len, key_factor);
+    store_all_value_gradient(0u, value_base + key * qkv_stride, key < seq_len, value_factor);
     if (ROW_BLOCKS > 1u) {
-        store_all_key_gradient(1u, key_base + (key + EDGE) * qkv_stride, key + EDGE < seq_len, scale);
-        store_all_value_gradient(1u, value_base + (key + EDGE) * qkv_stride, key + EDGE < seq_len, 1.0);
+        store_all_key_gradient(1u, key_base + (key + EDGE) * qkv_stride, key + EDGE < seq_len, key_factor);
+        store_all_value_gradient(1u, value_base + (key + EDGE) * qkv_stride, key + EDGE < seq_len, value_factor);
     }
 }

@@ -45,8 +45,8 @@ struct Params {
     site: u32,
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
-    pad_0: u32,
-    pad_1: u32,
+    gradient_scale: f32, // a power of two that brings dout into f16's range; taken out again at the end
+    pad: u32,
 }
 
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;
@@ -182,7 +182,7 @@ fn load_douts(block: u32, round: u32, row_base: u32, inside: bool) {
         let quad = round * (SCORE_TILES * EDGE / 4u) + lane_part + i * LANES_PER_ROW;
         var value = vec4<f32>();
         if (inside && quad < DIM_QUADS) {
-            value = vec4<f32>(dout[row_base + quad]);
+            value = vec4<f32>(dout[row_base + quad]) * params.gradient_scale;
         }
         store_operand(lane_base + i * LANE_STEP, value);
     }
@@ -367,7 +367,7 @@ fn load_block(
     row_delta[block] = 0.0;
     if (inside) {
         row_lse[block] = lse[row] * LOG2_E;
-        row_delta[block] = delta[row];
+        row_delta[block] = delta[row] * params.gradient_scale;
     }
 }
 
@@ -481,8 +481,9 @@ fn main(
         }
     }
 
-    store_all_gradient(0u, query_base + query * qkv_stride, query < seq_len, scale);
+    let factor = scale / params.gradient_scale;
+    store_all_gradient(0u, query_base + query * qkv_stride, query < seq_len, factor);
     if (ROW_BLOCKS > 1u) {
-        store_all_gradient(1u, query_base + (query + EDGE) * qkv_stride, query + EDGE < seq_len, scale);
+        store_all_gradient(1u, query_base + (query + EDGE) * qkv_stride, query + EDGE < seq_len, factor);
     }
 }

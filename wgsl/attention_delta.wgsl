@@ -22,8 +22,8 @@ struct Params {
     site: u32,
     drop_threshold: u32,
     keep_scale: f32,
-    pad_0: u32,
-    pad_1: u32,
+    gradient_scale: f32, // unused
+    pad: u32,
 }
 
 @group(0) @binding(0) var<storage, read_write> dout: array<vec4<elem>>;

@@ -42,8 +42,8 @@ struct Params {
     site: u32,
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
-    pad_0: u32,
-    pad_1: u32,
+    gradient_scale: f32, // unused
+    pad: u32,
 }
 
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;

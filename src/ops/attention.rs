@@ -155,7 +155,9 @@ fn variant(qkv: &CubeTensor, n_head: usize) -> Option<Variant> {
     if !HEAD_DIMS.contains(&head_dim) {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
-            tracing::warn!("no fused attention for head dimension {head_dim} (there is {HEAD_DIMS:?}): composed instead");
+            tracing::warn!(
+                "no fused attention for head dimension {head_dim} (there is {HEAD_DIMS:?}): composed instead"
+            );
         });
         return None;
     }
@@ -187,12 +189,21 @@ pub fn describe(capabilities: &Capabilities) -> String {
     format!("attention: {name}")
 }
 
+/// What the cooperative kernels multiply an f32 dout by before they round it to f16, and divide out again in f32.
+///
+/// The loss is a mean over B · T tokens, so a token's gradient is about 1 / (B T): in f16 most of it would be lost below
+/// 6e-8, and training with it diverged. The next power of two undoes the mean and costs no bit. f16 tensors come scaled.
+fn gradient_scale(qkv: &CubeTensor) -> f32 {
+    let [batch, time, _] = qkv.meta.shape().dims::<3>();
+    if qkv.dtype == DType::F16 { 1.0 } else { (batch * time).next_power_of_two() as f32 }
+}
+
 /// Sizes and dropout as the attention kernels' `Params`.
 fn params(qkv: &CubeTensor, n_head: usize, dropout: Dropout) -> Vec<u32> {
     let [batch, time, _] = qkv.meta.shape().dims::<3>();
     let mut params = vec![batch as u32, n_head as u32, time as u32, 0];
     params.extend(dropout.params());
-    params.extend([0, 0]);
+    params.extend([gradient_scale(qkv).to_bits(), 0]);
     params
 }
 

@@ -128,7 +128,8 @@ pub fn supported(capabilities: &Capabilities, f16_storage: bool) -> Vec<Variant>
 /// One kernel of attention, and the rows that a workgroup of it owns.
 pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, dropout: bool) -> (Kernel, u32) {
     let elem = if f16_storage { "f16" } else { "f32" };
-    let common = format!("alias elem = {elem};\nconst DROPOUT: bool = {dropout};\nconst HEAD_DIM: u32 = {head_dim}u;\n");
+    let common =
+        format!("alias elem = {elem};\nconst DROPOUT: bool = {dropout};\nconst HEAD_DIM: u32 = {head_dim}u;\n");
     let philox = include_str!("../../../wgsl/philox.wgsl");
     // The names of the two tile sizes depend on which side a workgroup owns.
     let (own_name, other_name) = if pass == Pass::Dkv { ("BLOCK_K", "BLOCK_Q") } else { ("BLOCK_Q", "BLOCK_K") };
@@ -148,7 +149,9 @@ pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, 
             let enable = if f16_storage { "enable f16;\n" } else { "" };
             let header = format!("{enable}{common}{}", declare(&constants[..used]));
             let (name, file) = match pass {
-                Pass::Forward => ("attention_scalar_forward", include_str!("../../../wgsl/attention_scalar_forward.wgsl")),
+                Pass::Forward => {
+                    ("attention_scalar_forward", include_str!("../../../wgsl/attention_scalar_forward.wgsl"))
+                }
                 Pass::Dq => ("attention_scalar_dq", include_str!("../../../wgsl/attention_scalar_dq.wgsl")),
                 Pass::Dkv => ("attention_scalar_dkv", include_str!("../../../wgsl/attention_scalar_dkv.wgsl")),
             };

@@ -61,7 +61,42 @@ pub trait AdamWOps: Backend {
     }
 }
 
-impl AdamWOps for Flex {}
+impl AdamWOps for Flex {
+    /// The same arithmetic in one pass over memory instead of fourteen, in place where nobody else holds the tensors.
+    fn adamw(
+        mut p: FloatTensor<Self>,
+        g: FloatTensor<Self>,
+        mut m: FloatTensor<Self>,
+        mut v: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        hyper: AdamW,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let (g, scale) = (g.to_contiguous(), scale.to_contiguous());
+        for tensor in [&mut p, &mut m, &mut v] {
+            if !tensor.is_contiguous() || tensor.layout().start_offset() != 0 {
+                *tensor = tensor.to_contiguous();
+            }
+        }
+        let [beta1, beta2, eps] = [hyper.beta1, hyper.beta2, hyper.eps].map(|x| x as f32);
+        let [rest1, rest2] = [1.0 - hyper.beta1, 1.0 - hyper.beta2].map(|x| x as f32);
+        let correction1 = 1.0 - hyper.beta1.powi(hyper.step as i32);
+        let root2 = (1.0 / (1.0 - hyper.beta2.powi(hyper.step as i32)).sqrt()) as f32;
+        let rate = (hyper.lr / correction1) as f32;
+        let keep = (1.0 - hyper.lr * hyper.weight_decay) as f32;
+        let scale = scale.storage::<f32>()[scale.layout().start_offset()];
+        let offset = g.layout().start_offset();
+        let count = g.layout().num_elements();
+        let gradients = &g.storage::<f32>()[offset..offset + count];
+        let (ps, ms, vs) = (p.storage_mut::<f32>(), m.storage_mut::<f32>(), v.storage_mut::<f32>());
+        for (((p, m), v), g) in ps.iter_mut().zip(ms).zip(vs).zip(gradients) {
+            let g = g * scale;
+            *m = *m * beta1 + g * rest1;
+            *v = *v * beta2 + g * g * rest2;
+            *p = *p * keep - rate * *m / (v.sqrt() * root2 + eps);
+        }
+        (p, m, v)
+    }
+}
 
 impl AdamWOps for CubeBackend {}
 

@@ -10,6 +10,7 @@ use burn::backend::{
         ops::{Backward, Ops, OpsKind},
     },
     backend_extension,
+    ops::ActivationOps,
     tensor::FloatTensor,
 };
 use burn::tensor::{Shape, Tensor};
@@ -99,30 +100,7 @@ pub trait LinearOps: DropoutOps {
 
     /// dh = dy · gelu'(h).
     fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
-        match gelu {
-            Gelu::Erf => {
-                // gelu' = Φ(h) + h φ(h). Burn's own gelu_backward is that of the tanh approximation on wgpu.
-                let scaled = Self::float_mul_scalar(h.clone(), FRAC_1_SQRT_2.into());
-                let twice_cdf = Self::float_add_scalar(Self::float_erf(scaled), 1.0.into());
-                let cdf = Self::float_mul_scalar(twice_cdf, 0.5.into());
-                let square = Self::float_mul(h.clone(), h.clone());
-                let pdf = Self::float_exp(Self::float_mul_scalar(square, (-0.5).into()));
-                let pdf = Self::float_mul_scalar(pdf, (0.5 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2).into());
-                Self::float_mul(dy, Self::float_add(cdf, Self::float_mul(h, pdf)))
-            }
-            Gelu::Tanh => {
-                // gelu' = (1 + t)/2 + h/2 (1 - t²) √(2/π) (1 + 3 · 0.044715 h²), t = tanh(argument)
-                let t = Self::float_tanh(tanh_argument::<Self>(h.clone()));
-                let half = Self::float_mul_scalar(Self::float_add_scalar(t.clone(), 1.0.into()), 0.5.into());
-                let sech2 = Self::float_add_scalar(Self::float_neg(Self::float_mul(t.clone(), t)), 1.0.into());
-                let square = Self::float_mul(h.clone(), h.clone());
-                let slope =
-                    Self::float_add_scalar(Self::float_mul_scalar(square, (3.0 * TANH_CUBIC).into()), 1.0.into());
-                let inner = Self::float_mul(Self::float_mul(h, sech2), slope);
-                let inner = Self::float_mul_scalar(inner, (0.5 * TANH_SCALE).into());
-                Self::float_mul(dy, Self::float_add(half, inner))
-            }
-        }
+        composed_gelu_dh::<Self>(dy, h, gelu)
     }
 
     /// y = residual + dropout(x Wᵀ + b).
@@ -139,6 +117,33 @@ pub trait LinearOps: DropoutOps {
     }
 }
 
+/// dh = dy · gelu'(h) in Burn primitives.
+fn composed_gelu_dh<B: Backend>(dy: FloatTensor<B>, h: FloatTensor<B>, gelu: Gelu) -> FloatTensor<B> {
+    match gelu {
+        Gelu::Erf => {
+            // gelu' = Φ(h) + h φ(h). Burn's own gelu_backward is that of the tanh approximation on wgpu.
+            let scaled = B::float_mul_scalar(h.clone(), FRAC_1_SQRT_2.into());
+            let twice_cdf = B::float_add_scalar(B::float_erf(scaled), 1.0.into());
+            let cdf = B::float_mul_scalar(twice_cdf, 0.5.into());
+            let square = B::float_mul(h.clone(), h.clone());
+            let pdf = B::float_exp(B::float_mul_scalar(square, (-0.5).into()));
+            let pdf = B::float_mul_scalar(pdf, (0.5 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2).into());
+            B::float_mul(dy, B::float_add(cdf, B::float_mul(h, pdf)))
+        }
+        Gelu::Tanh => {
+            // gelu' = (1 + t)/2 + h/2 (1 - t²) √(2/π) (1 + 3 · 0.044715 h²), t = tanh(argument)
+            let t = B::float_tanh(tanh_argument::<B>(h.clone()));
+            let half = B::float_mul_scalar(B::float_add_scalar(t.clone(), 1.0.into()), 0.5.into());
+            let sech2 = B::float_add_scalar(B::float_neg(B::float_mul(t.clone(), t)), 1.0.into());
+            let square = B::float_mul(h.clone(), h.clone());
+            let slope = B::float_add_scalar(B::float_mul_scalar(square, (3.0 * TANH_CUBIC).into()), 1.0.into());
+            let inner = B::float_mul(B::float_mul(h, sech2), slope);
+            let inner = B::float_mul_scalar(inner, (0.5 * TANH_SCALE).into());
+            B::float_mul(dy, B::float_add(half, inner))
+        }
+    }
+}
+
 /// √(2/π) (h + 0.044715 h³).
 fn tanh_argument<B: Backend>(h: FloatTensor<B>) -> FloatTensor<B> {
     let square = B::float_mul(h.clone(), h.clone());
@@ -146,7 +151,15 @@ fn tanh_argument<B: Backend>(h: FloatTensor<B>) -> FloatTensor<B> {
     B::float_mul_scalar(B::float_mul(h, factor), TANH_SCALE.into())
 }
 
-impl LinearOps for Flex {}
+impl LinearOps for Flex {
+    /// Flex's own gelu_backward is the exact one, in a single pass over memory instead of ten.
+    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
+        match gelu {
+            Gelu::Erf => Self::gelu_backward(h, dy),
+            Gelu::Tanh => composed_gelu_dh::<Self>(dy, h, gelu),
+        }
+    }
+}
 
 impl LinearOps for CubeBackend {}
 

@@ -45,6 +45,13 @@ enum Command {
     Compare(compare::CompareArgs),
     /// List the devices and what the kernels can use of them
     Info(info::InfoArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
 }
 
 /// The run was stopped by Ctrl-C after it saved.
@@ -69,6 +76,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Prepare(args) => prepare::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "gpt-wgpu", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
     }
 }
 

@@ -266,12 +266,19 @@ fn cpu(reason: &str) -> Chosen {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     Chosen {
         device: Device::flex(),
-        name: format!("CPU, {threads} threads"),
+        name: format!("CPU {}, {threads} threads", cpu_name()),
         backend: "cpu",
         reason: reason.into(),
         adapter: None,
         capabilities: Capabilities::default(),
     }
+}
+
+/// The processor's own name.
+fn cpu_name() -> String {
+    use sysinfo::{CpuRefreshKind, RefreshKind, System};
+    let system = System::new_with_specifics(RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()));
+    system.cpus().first().map_or("unknown", |cpu| cpu.brand()).trim().to_string()
 }
 
 fn auto() -> Result<Chosen> {

@@ -393,3 +393,15 @@ fn info_prints_a_table_and_json() {
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(json["adapters"].is_array() && json["cpu_threads"].as_u64().unwrap() > 0);
 }
+
+#[test]
+fn completions_and_the_manual_name_every_command() {
+    let sandbox = Sandbox::new();
+    for args in [&["completions", "bash"][..], &["completions", "zsh"], &["man"]] {
+        let output = sandbox.run(args);
+        assert!(output.status.success(), "{}", text(&output));
+        for command in ["train", "sample", "eval", "prepare", "compare", "info"] {
+            assert!(text(&output).contains(command), "{args:?}: {command}");
+        }
+    }
+}

@@ -34,7 +34,7 @@ struct Cli {
 enum Command {
     /// Train a model; without arguments, a small one on tiny Shakespeare
     #[command(args_override_self = true)] // the last of two equal flags wins, as in nanoGPT
-    Train(train::TrainArgs),
+    Train(Box<train::TrainArgs>),
     /// Write text with a trained model
     Sample(sample::SampleArgs),
     /// Train and val loss of a checkpoint

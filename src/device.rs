@@ -277,8 +277,10 @@ fn cpu(reason: &str) -> Chosen {
 /// The processor's own name.
 fn cpu_name() -> String {
     use sysinfo::{CpuRefreshKind, RefreshKind, System};
-    let system = System::new_with_specifics(RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()));
-    system.cpus().first().map_or("unknown", |cpu| cpu.brand()).trim().to_string()
+    let what = RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing());
+    let system = System::new_with_specifics(what).ok();
+    let name = system.and_then(|system| system.cpus().first().map(|cpu| cpu.brand().trim().to_string()));
+    name.unwrap_or_else(|| "(unnamed)".into())
 }
 
 fn auto() -> Result<Chosen> {

@@ -23,7 +23,7 @@ pub enum Start {
     /// The given weights, with a new optimizer and step 0.
     Weights(Box<Gpt>),
     /// Everything of a checkpoint.
-    Resume(Checkpoint),
+    Resume(Box<Checkpoint>),
 }
 
 impl Start {

@@ -57,7 +57,7 @@ impl Bench {
     fn train(&self, config: &Config, device: &Device, resume: bool) {
         let data = Dataset::open(&self.dir.path().join("data"), None, config.model.block_size).unwrap();
         let start = if resume {
-            Start::Resume(checkpoint::open(&checkpoint::path(&config.train.out_dir, "last")).unwrap())
+            Start::Resume(Box::new(checkpoint::open(&checkpoint::path(&config.train.out_dir, "last")).unwrap()))
         } else {
             Start::Scratch(config.gpt(data.vocab_size()))
         };

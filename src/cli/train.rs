@@ -206,7 +206,7 @@ fn dataset(config: &mut Config, bare: bool, quiet: bool) -> Result<PathBuf> {
 /// What to start from, unless it is from scratch.
 fn known_start(config: &Config, resumed: Option<Checkpoint>, chosen: &Chosen) -> Result<Option<Start>> {
     if let Some(checkpoint) = resumed {
-        return Ok(Some(Start::Resume(checkpoint)));
+        return Ok(Some(Start::Resume(Box::new(checkpoint))));
     }
     if config.train.init_from == "scratch" {
         return Ok(None);

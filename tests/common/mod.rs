@@ -83,7 +83,7 @@ pub fn difference(got: &[f64], want: &[f64], tolerance: f64) -> Option<String> {
     }
     got.iter()
         .zip(want)
-        .position(|(g, w)| !((g - w).abs() <= tolerance * (1.0 + w.abs())))
+        .position(|(g, w)| (g - w).is_nan() || (g - w).abs() > tolerance * (1.0 + w.abs()))
         .map(|i| format!("element {i} is {}, wanted {}", got[i], want[i]))
 }
 

@@ -1,6 +1,6 @@
 //! Measurements side by side: bench reports, or the metrics.jsonl of training runs.
 //!
-//! [`compare`] does all of it for the command line; [`load`], [`compare_reports`] and [`compare_runs`] are its parts.
+//! `compare` does all of it for the command line; `load`, `compare_reports` and `compare_runs` are its parts.
 //! Everything is compared with the first one named. Reports that do not measure the same thing are refused, and a
 //! difference that the noise could make is not called one.
 

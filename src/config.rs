@@ -19,16 +19,16 @@ pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
 #[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// [model]
+    /// The table `[model]`.
     #[command(flatten)]
     pub model: ModelConfig,
-    /// [data]
+    /// The table `[data]`.
     #[command(flatten)]
     pub data: DataConfig,
-    /// [optim]
+    /// The table `[optim]`.
     #[command(flatten)]
     pub optim: OptimConfig,
-    /// [train]
+    /// The table `[train]`.
     #[command(flatten)]
     pub train: TrainConfig,
 }

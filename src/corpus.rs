@@ -1,7 +1,7 @@
 //! A built-in text to learn from: about a megabyte of short dialogues, the same on every machine.
 //!
 //! It needs no download, and what a model learned from it can be checked: many of the dialogues ask for a small sum, so
-//! generated text can be marked like homework ([`check_answers`]). The answers repeat the question's numbers ("7 plus 5
+//! generated text can be marked like homework (`check_answers`). The answers repeat the question's numbers ("7 plus 5
 //! is 12."), which keeps a sum within reach of a context of 64 characters.
 
 /// Characters after which the text ends at the next complete dialogue.

@@ -6,7 +6,7 @@
 //! run is the same run.
 //!
 //! The last word of a counter is the site, everywhere, so two uses never share a counter. The other three are the use's
-//! own: a position (low, high) and a row for batches, a position and 0 for a [`Stream`], and so on.
+//! own: a position (low, high) and a row for batches, a position and 0 for a `Stream`, and so on.
 
 use std::f64::consts::TAU;
 

@@ -24,7 +24,7 @@ pub const IGNORED: i32 = -1;
 /// Logits in one chunk at most: 64 MiB in f32, far below every device's binding limit and large enough to fill it.
 const CHUNK_ELEMENTS: usize = 16 << 20;
 
-/// loss = mean over the targets that count of (logsumexp(x wᵀ) - (x wᵀ)[target]).
+/// `loss = mean over the targets that count of (logsumexp(x wᵀ) - (x wᵀ)[target])`
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait CrossEntropyOps: Backend {
     /// x (..., C), w (V, C), targets (rows) in 0..V or [`IGNORED`] -> loss (1).

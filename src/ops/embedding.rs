@@ -15,7 +15,7 @@ use burn_cubecl::CubeBackend;
 
 use super::dropout::{Dropout, DropoutOps};
 
-/// x[b, t] = dropout(wte[token[b, t]] + wpe[t]).
+/// `x[b, t] = dropout(wte[token[b, t]] + wpe[t])`
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait EmbeddingOps: DropoutOps {
     /// tokens (B, T) in 0..V, wte (V, C), wpe (block_size, C) with block_size >= T -> (B, T, C).
@@ -122,7 +122,7 @@ impl<B: EmbeddingOps, C: CheckpointStrategy> EmbeddingOps for Autodiff<B, C> {
     }
 }
 
-/// dropout(wte[tokens] + wpe): tokens (B, T) in 0..V, wte (V, C), wpe (block_size, C) -> (B, T, C).
+/// `dropout(wte[tokens] + wpe)`: tokens (B, T) in 0..V, wte (V, C), wpe (block_size, C) -> (B, T, C).
 pub fn embedding(tokens: Tensor<2, Int>, wte: Tensor<2>, wpe: Tensor<2>, dropout: Dropout) -> Tensor<3> {
     Tensor::from_dispatch(<Dispatch as EmbeddingOps>::embed(
         tokens.into_dispatch(),

@@ -6,6 +6,7 @@
 
 use std::sync::{PoisonError, RwLock};
 
+use burn::tensor::DType;
 use burn_cubecl::{CubeDevice, tensor::CubeTensor};
 use cubecl::{
     CubeKernel,
@@ -102,6 +103,89 @@ pub enum Kernels {
     Coop,
 }
 
+/// How products are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Variant {
+    /// f32 arithmetic, no subgroups: runs everywhere.
+    Scalar,
+    /// Cooperative matrices of this edge; what is multiplied is f16 or f32, sums are f32.
+    Coop {
+        /// Rows and columns of a matrix, 8 or 16.
+        edge: u32,
+        /// Whether f16 is multiplied, else f32.
+        f16: bool,
+    },
+}
+
+impl Variant {
+    /// Whether f32 tensors lose bits before they are multiplied.
+    pub fn rounds_f32(self) -> bool {
+        matches!(self, Self::Coop { f16: true, .. })
+    }
+}
+
+impl std::fmt::Display for Variant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Scalar => f.write_str("scalar f32"),
+            Self::Coop { edge, f16 } => {
+                let products = if *f16 { "f16" } else { "f32" };
+                write!(f, "{edge}x{edge} cooperative matrices, products in {products}")
+            }
+        }
+    }
+}
+
+/// Exact size of a subgroup that the cooperative kernels are made for.
+pub const SUBGROUP_SIZE: u32 = 32;
+
+/// The variants that a device can run, best first, for tensors of f16 (or f32).
+pub fn supported(capabilities: &Capabilities, f16_storage: bool) -> Vec<Variant> {
+    const ALL: [Variant; 4] = [
+        Variant::Coop { edge: 16, f16: true },
+        Variant::Coop { edge: 8, f16: true },
+        Variant::Coop { edge: 8, f16: false },
+        Variant::Scalar,
+    ];
+    let can = |variant: &Variant| match *variant {
+        Variant::Scalar => !f16_storage || capabilities.f16,
+        Variant::Coop { edge, f16 } => {
+            let has = capabilities.matrices.contains(&(edge, f16));
+            has && capabilities.subgroup_size == Some(SUBGROUP_SIZE) && (f16 || !f16_storage)
+        }
+    };
+    ALL.into_iter().filter(can).collect()
+}
+
+/// `auto` multiplies f32 tensors in f32, and does not take edge 8 by itself: no Mac has run it yet.
+fn pick(choice: Kernels, supported: &[Variant], f16_storage: bool) -> Option<Variant> {
+    let coop = |v: &&Variant| matches!(v, Variant::Coop { .. });
+    let found = match choice {
+        Kernels::Composed => None,
+        Kernels::Scalar => supported.iter().find(|v| **v == Variant::Scalar),
+        Kernels::Coop => supported.iter().find(coop).or(supported.first()),
+        Kernels::Auto if f16_storage => supported.iter().find(|v| !matches!(v, Variant::Coop { edge: 8, .. })),
+        Kernels::Auto => supported.iter().find(|v| **v == Variant::Scalar),
+    };
+    found.copied()
+}
+
+/// The kernels that serve `tensor` under the user's choice; none: the composed version.
+pub fn variant(tensor: &CubeTensor) -> Option<Variant> {
+    let f16 = match tensor.dtype {
+        DType::F16 => true,
+        DType::F32 => false,
+        _ => return None,
+    };
+    pick(choice(), &supported(&capabilities(tensor), f16), f16)
+}
+
+/// What will run on a device with these capabilities, for the line at start-up.
+pub fn describe(capabilities: &Capabilities) -> String {
+    let variant = pick(choice(), &supported(capabilities, false), false);
+    variant.map_or("kernels: Burn's own".to_string(), |variant| format!("kernels: {variant}"))
+}
+
 /// The devices that were opened, and the choice for this process.
 static DEVICES: RwLock<Vec<(CubeDevice, Capabilities)>> = RwLock::new(Vec::new());
 static CHOICE: RwLock<Kernels> = RwLock::new(Kernels::Auto);
@@ -169,8 +253,13 @@ pub fn empty_like(tensor: &CubeTensor) -> CubeTensor {
 
 /// A contiguous tensor of `shape` with undefined content, of `tensor`'s element type and on its device.
 pub fn empty(tensor: &CubeTensor, shape: burn::tensor::Shape) -> CubeTensor {
-    let buffer = tensor.client.empty(shape.num_elements() * tensor.dtype.size());
-    CubeTensor::new_contiguous(tensor.client.clone(), tensor.device.clone(), shape, buffer, tensor.dtype)
+    empty_of(tensor, shape, tensor.dtype)
+}
+
+/// A contiguous tensor of `shape` and `dtype` with undefined content, on `tensor`'s device.
+pub fn empty_of(tensor: &CubeTensor, shape: burn::tensor::Shape, dtype: DType) -> CubeTensor {
+    let buffer = tensor.client.empty(shape.num_elements() * dtype.size());
+    CubeTensor::new_contiguous(tensor.client.clone(), tensor.device.clone(), shape, buffer, dtype)
 }
 
 #[cfg(test)]

@@ -14,7 +14,6 @@ use crate::data::{Dataset, Split};
 use crate::device::{self, Chosen};
 use crate::kernel;
 use crate::model::GptConfig;
-use crate::ops::attention;
 use crate::prepare::{self, Source};
 use crate::sample::{Sampling, generate};
 use crate::tokenizer::{Meta, Tokenizer};
@@ -55,7 +54,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     say(chosen.to_string());
     kernel::choose(config.train.kernels);
     if chosen.adapter.is_some() {
-        say(attention::describe(&chosen.capabilities));
+        say(kernel::describe(&chosen.capabilities));
     }
     let bare = args.config.is_none() && !given(matches, "dataset") && resumed.is_none();
     let dir = dataset(&mut config, bare, args.quiet)?;

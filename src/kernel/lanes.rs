@@ -1,0 +1,48 @@
+//! Row-wise kernels are written once and run with four columns a thread where rows allow vector loads, else with one.
+
+use burn::tensor::DType;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::{Kernel, Kernels, choice};
+
+/// What a thread handles at a time, a lane: four neighbouring columns or one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lanes {
+    width: usize,
+    /// Lanes in a row.
+    pub count: usize,
+}
+
+impl Lanes {
+    /// For rows of `columns` elements.
+    pub fn of(columns: usize) -> Self {
+        let width = if columns.is_multiple_of(4) { 4 } else { 1 };
+        Self { width, count: columns / width }
+    }
+
+    /// A kernel made of `files` for lanes of this width: activations are stored in f16 or f32, `constants` are declared in its
+    /// header, and what the lanes are is put in front of the files.
+    pub fn kernel(
+        self,
+        name: &'static str,
+        f16: bool,
+        constants: &str,
+        files: &[&'static str],
+        threads: u32,
+    ) -> Kernel {
+        let (enable, elem) = if f16 { ("enable f16;\n", "f16") } else { ("", "f32") };
+        let header = format!("{enable}alias elem = {elem};\nconst WIDTH: u32 = {}u;\n{constants}", self.width);
+        let lanes = if self.width == 4 {
+            include_str!("../../wgsl/lanes4.wgsl")
+        } else {
+            include_str!("../../wgsl/lanes1.wgsl")
+        };
+        let files = std::iter::once(lanes).chain(files.iter().copied()).collect();
+        Kernel::new(name, header, files, (threads, 1, 1))
+    }
+}
+
+/// Whether our kernels serve `tensor`: the user wants them, and they exist for its type.
+pub fn serves(tensor: &CubeTensor) -> bool {
+    choice() != Kernels::Composed && tensor.dtype == DType::F32
+}

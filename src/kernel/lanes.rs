@@ -1,5 +1,7 @@
 //! Row-wise kernels are written once and run with four columns a thread where rows allow vector loads, else with one.
 
+use std::sync::Once;
+
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -42,7 +44,18 @@ impl Lanes {
     }
 }
 
-/// Whether our kernels serve `tensor`: the user wants them, and they exist for its type.
-pub fn serves(tensor: &CubeTensor) -> bool {
-    choice() != Kernels::Composed && tensor.dtype == DType::F32
+/// Whether our kernels serve an operation on `tensor`: the user wants them, and they exist for its type and for `case`, what
+/// else the operation asks for. A refusal that is not the user's choice is told once.
+pub fn serves(tensor: &CubeTensor, case: Result<(), &str>) -> bool {
+    static ONCE: Once = Once::new();
+    if choice() == Kernels::Composed {
+        return false;
+    }
+    let refusal = match case {
+        Err(refusal) => refusal,
+        Ok(()) if tensor.dtype == DType::F32 => return true,
+        Ok(()) => "tensors that are not f32",
+    };
+    ONCE.call_once(|| tracing::warn!("no kernel of ours for {refusal}: composed instead"));
+    false
 }

@@ -211,7 +211,7 @@ impl AdamWOps for CubeBackend {
         scale: FloatTensor<Self>,
         hyper: AdamW,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        if !serves(&p) {
+        if !serves(&p, Ok(())) {
             return composed_update::<Self>(p, g, m, v, scale, hyper);
         }
         let (g, scale) = (into_contiguous(g), into_contiguous(scale));
@@ -221,7 +221,7 @@ impl AdamWOps for CubeBackend {
     }
 
     fn square_sums(g: FloatTensor<Self>, sums: FloatTensor<Self>, first: usize) -> FloatTensor<Self> {
-        if !serves(&g) {
+        if !serves(&g, Ok(())) {
             return composed_square_sums::<Self>(g, sums, first);
         }
         let (g, sums) = (into_contiguous(g), own(sums));
@@ -230,7 +230,7 @@ impl AdamWOps for CubeBackend {
     }
 
     fn norm_and_scale(sums: FloatTensor<Self>, limit: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        if !serves(&sums) {
+        if !serves(&sums, Ok(())) {
             return composed_norm_and_scale::<Self>(sums, limit);
         }
         let sums = into_contiguous(sums);

@@ -104,7 +104,12 @@ const LONG_LISTS: usize = 8;
 
 /// Whether our kernels serve these tensors.
 fn is_served(activation: &CubeTensor, tokens: &CubeTensor, vocab: usize) -> bool {
-    serves(activation) && matches!(tokens.dtype, DType::I32 | DType::U32) && vocab <= LARGEST_VOCAB
+    let case = match tokens.dtype {
+        _ if vocab > LARGEST_VOCAB => Err("an embedding of more than 4 million rows"),
+        DType::I32 | DType::U32 => Ok(()),
+        _ => Err("tokens that are not of 32 bits"),
+    };
+    serves(activation, case)
 }
 
 fn forward_kernel(lanes: Lanes, f16: bool, dropout: bool) -> Kernel {

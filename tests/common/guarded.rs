@@ -9,6 +9,9 @@ use super::{tensor, values};
 /// Floats before and after every output that no kernel may touch; 256 bytes is the largest binding alignment.
 const GUARD: usize = 64;
 
+/// What stands there. Not NaN: an update in place would turn that into NaN again. Large, so that reading it shows too.
+const UNTOUCHED: f64 = (1u64 << 60) as f64;
+
 /// What a kernel is launched on.
 pub fn primitive<const D: usize>(tensor: Tensor<D>) -> CubeTensor {
     match tensor.into_dispatch().kind {
@@ -17,7 +20,7 @@ pub fn primitive<const D: usize>(tensor: Tensor<D>) -> CubeTensor {
     }
 }
 
-/// An output inside a larger buffer of NaN.
+/// An output inside a larger buffer.
 pub struct Guarded {
     whole: Tensor<1>,
     pub inside: CubeTensor,
@@ -34,7 +37,7 @@ impl Guarded {
     pub fn holding<const D: usize>(content: &[f64], dims: [usize; D], device: &Device) -> Self {
         let count = content.len();
         let after = GUARD + count.next_multiple_of(GUARD) - count;
-        let mut all = vec![f64::NAN; GUARD + count + after];
+        let mut all = vec![UNTOUCHED; GUARD + count + after];
         all[GUARD..GUARD + count].copy_from_slice(content);
         let whole = tensor(&all, [all.len()], device);
         let t = primitive(whole.clone());
@@ -51,8 +54,8 @@ impl Guarded {
         drop(self.inside);
         let all = values(self.whole);
         let (inside, after) = all[GUARD..].split_at(self.count);
-        assert!(all[..GUARD].iter().all(|v| v.is_nan()), "{what}: wrote before its output");
-        assert!(after.iter().all(|v| v.is_nan()), "{what}: wrote behind its output");
+        assert!(all[..GUARD].iter().all(|v| *v == UNTOUCHED), "{what}: wrote before its output");
+        assert!(after.iter().all(|v| *v == UNTOUCHED), "{what}: wrote behind its output");
         inside.to_vec()
     }
 }

@@ -4,6 +4,8 @@
 //! every file under `wgsl/` stays plain WGSL. Sizes that change from call to call travel in one uniform, bound last: only a
 //! uniform is uniform enough for cooperative matrices, and CubeCL caches it by value.
 
+pub mod lanes;
+
 use std::sync::{PoisonError, RwLock};
 
 use burn::tensor::DType;

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each test binary uses its part
 
+pub mod guarded;
 pub mod twins;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};

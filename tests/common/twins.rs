@@ -1,5 +1,6 @@
 //! The operations as plain f64 loops, forward and backward, in the manner of llm.c: the bottom of the chain of twins.
 
+use gpt_wgpu::ops::adamw::AdamW;
 use gpt_wgpu::ops::dropout::Dropout;
 use gpt_wgpu::ops::linear::Gelu;
 
@@ -103,6 +104,64 @@ pub fn layer_norm_backward(dy: &[f64], x: &[f64], w: &[f64], c: usize) -> [Vec<f
     [dx, dw, db]
 }
 
+/// The sizes of an embedding; tokens (B, T) follow.
+#[derive(Clone, Copy, Debug)]
+pub struct EmbeddingShape {
+    pub time: usize,
+    pub vocab: usize,
+    pub block_size: usize,
+    pub channels: usize,
+}
+
+/// dropout(wte[token] + wpe[position]), (B, T, C).
+pub fn embedding(tokens: &[i32], wte: &[f64], wpe: &[f64], s: EmbeddingShape, dropout: Dropout) -> Vec<f64> {
+    let c = s.channels;
+    let mask = mask(tokens.len(), c, dropout);
+    let mut x = Vec::with_capacity(tokens.len() * c);
+    for (row, &token) in tokens.iter().enumerate() {
+        for i in 0..c {
+            x.push((wte[token as usize * c + i] + wpe[row % s.time * c + i]) * mask[row * c + i]);
+        }
+    }
+    x
+}
+
+/// (dwte (V, C), dwpe (block_size, C)) of [`embedding`].
+pub fn embedding_backward(dx: &[f64], tokens: &[i32], s: EmbeddingShape, dropout: Dropout) -> [Vec<f64>; 2] {
+    let c = s.channels;
+    let mask = mask(tokens.len(), c, dropout);
+    let (mut dwte, mut dwpe) = (vec![0.0; s.vocab * c], vec![0.0; s.block_size * c]);
+    for (row, &token) in tokens.iter().enumerate() {
+        for i in 0..c {
+            let d = dx[row * c + i] * mask[row * c + i];
+            dwte[token as usize * c + i] += d;
+            dwpe[row % s.time * c + i] += d;
+        }
+    }
+    [dwte, dwpe]
+}
+
+/// The factors of a dropout, all 1 where it is off.
+fn mask(rows: usize, columns: usize, dropout: Dropout) -> Vec<f64> {
+    if !dropout.is_on() {
+        return vec![1.0; rows * columns];
+    }
+    dropout.factors(rows, columns).into_iter().map(f64::from).collect()
+}
+
+/// One AdamW step of p, m and v in place; `scale` multiplies the gradient.
+pub fn adamw(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, hyper: AdamW) {
+    let AdamW { lr, beta1, beta2, eps, weight_decay, step } = hyper;
+    for i in 0..p.len() {
+        let g = g[i] * scale;
+        m[i] = beta1 * m[i] + (1.0 - beta1) * g;
+        v[i] = beta2 * v[i] + (1.0 - beta2) * g * g;
+        let m_hat = m[i] / (1.0 - beta1.powi(step as i32));
+        let v_hat = v[i] / (1.0 - beta2.powi(step as i32));
+        p[i] = p[i] * (1.0 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps);
+    }
+}
+
 /// The sizes of an attention.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionShape {
@@ -181,7 +240,7 @@ struct Row<'a> {
 
 fn for_each_row(qkv: &[f64], s: AttentionShape, dropout: Dropout, mut visit: impl FnMut(Row)) {
     let rows = s.batch * s.heads * s.time;
-    let mask = if dropout.is_on() { dropout.factors(rows, s.time) } else { vec![1.0; rows * s.time] };
+    let mask = mask(rows, s.time, dropout);
     for b in 0..s.batch {
         for h in 0..s.heads {
             for query in 0..s.time {
@@ -197,8 +256,8 @@ fn for_each_row(qkv: &[f64], s: AttentionShape, dropout: Dropout, mut visit: imp
                 let sum: f64 = scores.iter().map(|v| (v - max).exp()).sum();
                 let probabilities: Vec<f64> = scores.iter().map(|v| (v - max).exp() / sum).collect();
                 let row = (b * s.heads + h) * s.time + query;
-                let factors: Vec<f64> = mask[row * s.time..][..query + 1].iter().map(|&f| f64::from(f)).collect();
-                visit(Row { b, h, query, probabilities: &probabilities, factors: &factors, lse: max + sum.ln() });
+                let factors = &mask[row * s.time..][..query + 1];
+                visit(Row { b, h, query, probabilities: &probabilities, factors, lse: max + sum.ln() });
             }
         }
     }

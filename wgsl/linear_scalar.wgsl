@@ -44,7 +44,7 @@ var<private> next_b: array<vec4<f32>, B_STEPS>;
 var<private> right: array<vec4<f32>, 4u * COL_QUADS>; // of four k, the thread's quads of B
 
 // One quad of the tile of A that begins at first_k -> registers. Rows beyond the matrix repeat its last; k beyond the end
-// counts 0 in A, so what it meets in B only has to be a number.
+// counts 0 in A, so what it meets in B only has to be a number, which the padding of a row need not be.
 fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
     let index = thread + i * THREADS;
     let row = index / A_ROW_QUADS;
@@ -70,6 +70,10 @@ fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
     let col = index % B_ROW_QUADS * 4u;
     if (B_BY_N) {
         next_b[i] = vec4<f32>(load_b(row_of_n(place.first_col + row) * params.b_stride + quad_of_k(first_k + col)));
+        if (K_EDGE) {
+            let inside = first_k + col + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(params.k);
+            next_b[i] = select(vec4<f32>(), next_b[i], inside);
+        }
     } else {
         next_b[i] = vec4<f32>(load_b(row_of_k(first_k + row) * params.b_stride + quad_of_n(place.first_col + col)));
     }

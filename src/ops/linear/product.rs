@@ -15,6 +15,7 @@ const ENOUGH_GROUPS: usize = 264;
 const LEAST_STEPS: usize = 8;
 
 /// A product's factors. A and B are stored as `layout` says, each row `strides` elements after the one before.
+#[derive(Clone, Copy)]
 pub struct Product<'a> {
     /// How A and B are stored.
     pub layout: Layout,

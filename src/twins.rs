@@ -1,7 +1,31 @@
-//! The operations as plain f64 loops, forward and backward, in the manner of llm.c: the bottom of the chain of twins.
+//! The operations as plain f64 loops, forward and backward, in the manner of llm.c: the bottom of the chain of twins. The
+//! tests and `doctor` hold every kernel against them. Tensors are row-major slices.
 
-use gpt_wgpu::ops::dropout::Dropout;
-use gpt_wgpu::ops::linear::Gelu;
+use crate::ops::adamw::AdamW;
+use crate::ops::dropout::Dropout;
+use crate::ops::linear::Gelu;
+
+/// Where `got` leaves `want` by more than `tolerance` · (1 + |want|), the first such element; NaN never passes.
+pub fn difference(got: &[f64], want: &[f64], tolerance: f64) -> Option<String> {
+    if got.len() != want.len() {
+        return Some(format!("{} elements, wanted {}", got.len(), want.len()));
+    }
+    got.iter()
+        .zip(want)
+        .position(|(g, w)| (g - w).is_nan() || (g - w).abs() > tolerance * (1.0 + w.abs()))
+        .map(|i| format!("element {i} is {}, wanted {}", got[i], want[i]))
+}
+
+/// How far `got` is from `want`: the largest difference of an element, relative to that element and the root mean square of
+/// all. Infinite where a number is none, or one is missing.
+pub fn distance(got: &[f64], want: &[f64]) -> f64 {
+    if got.len() != want.len() {
+        return f64::INFINITY;
+    }
+    let rms = (want.iter().map(|w| w * w).sum::<f64>() / want.len().max(1) as f64).sqrt().max(1e-9);
+    let apart = got.iter().zip(want).map(|(g, w)| (g - w).abs() / (rms + w.abs()));
+    apart.fold(0.0, |worst, d| if d.is_nan() { f64::INFINITY } else { d.max(worst) })
+}
 
 /// y (rows, n) = x (rows, k) wᵀ (n, k) + b.
 pub fn linear(x: &[f64], w: &[f64], b: Option<&[f64]>, rows: usize, k: usize, n: usize) -> Vec<f64> {
@@ -53,6 +77,7 @@ pub fn erf(x: f64) -> f64 {
     (1.0 - complement) * x.signum()
 }
 
+/// gelu(x).
 pub fn gelu(x: f64, kind: Gelu) -> f64 {
     match kind {
         Gelu::Erf => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
@@ -106,13 +131,18 @@ pub fn layer_norm_backward(dy: &[f64], x: &[f64], w: &[f64], c: usize) -> [Vec<f
 /// The sizes of an attention.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionShape {
+    /// Sequences B.
     pub batch: usize,
+    /// Tokens T.
     pub time: usize,
+    /// Heads H.
     pub heads: usize,
+    /// Channels D of a head.
     pub head_dim: usize,
 }
 
 impl AttentionShape {
+    /// Channels C of all heads.
     pub fn channels(&self) -> usize {
         self.heads * self.head_dim
     }
@@ -224,4 +254,42 @@ pub fn cross_entropy(x: &[f64], w: &[f64], targets: &[i32], c: usize, v: usize) 
         }
     }
     (loss, dx, dw)
+}
+
+/// x (tokens, c) = (wte[token] + wpe[position]) · factors, and (dwte, dwpe) for its cotangent dx; `time` tokens a sequence.
+pub fn embedding(
+    tokens: &[i32],
+    wte: &[f64],
+    wpe: &[f64],
+    factors: &[f64],
+    dx: &[f64],
+    time: usize,
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let c = dx.len() / tokens.len();
+    let (mut x, mut dwte, mut dwpe) = (Vec::new(), vec![0.0; wte.len()], vec![0.0; wpe.len()]);
+    for (row, &token) in tokens.iter().enumerate() {
+        for i in 0..c {
+            let (at, t, p) = (row * c + i, token as usize * c + i, row % time * c + i);
+            x.push((wte[t] + wpe[p]) * factors[at]);
+            dwte[t] += dx[at] * factors[at];
+            dwpe[p] += dx[at] * factors[at];
+        }
+    }
+    (x, dwte, dwpe)
+}
+
+/// New (p, m, v) of AdamW for gradients g scaled by `scale`.
+pub fn adamw(p: &[f64], g: &[f64], m: &[f64], v: &[f64], scale: f64, hyper: AdamW) -> [Vec<f64>; 3] {
+    let AdamW { lr, beta1, beta2, eps, weight_decay, step } = hyper;
+    let (correction1, correction2) = (1.0 - beta1.powi(step as i32), 1.0 - beta2.powi(step as i32));
+    let [mut new_p, mut new_m, mut new_v] = [Vec::new(), Vec::new(), Vec::new()];
+    for i in 0..p.len() {
+        let g = g[i] * scale;
+        let (m, v) = (beta1 * m[i] + (1.0 - beta1) * g, beta2 * v[i] + (1.0 - beta2) * g * g);
+        let update = m / correction1 / ((v / correction2).sqrt() + eps);
+        new_p.push(p[i] - lr * weight_decay * p[i] - lr * update);
+        new_m.push(m);
+        new_v.push(v);
+    }
+    [new_p, new_m, new_v]
 }

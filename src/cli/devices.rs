@@ -47,9 +47,11 @@ impl Rounds<'_> {
                 turns.push(report);
             }
         }
-        let merged = self.devices.iter().zip(turns).filter_map(|(name, turns)| {
-            Some(Named { name: name.clone(), content: BenchReport::merge(turns)? })
-        });
+        let merged = self
+            .devices
+            .iter()
+            .zip(turns)
+            .filter_map(|(name, turns)| Some(Named { name: name.clone(), content: BenchReport::merge(turns)? }));
         Ok(merged.collect())
     }
 

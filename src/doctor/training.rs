@@ -25,7 +25,8 @@ pub(super) fn twenty_steps(bed: &Bed) -> Result<Seen> {
     let apart = losses.iter().zip(&want).map(|(a, b)| (a - b).abs() / b);
     let worst = apart.fold(0.0, |worst, d| if d.is_nan() { f64::INFINITY } else { d.max(worst) });
     let allowed = if bed.chosen.adapter.is_none() { 0.0 } else { bed.tolerance };
-    let detail = format!("loss from {first:.4} to {last:.4}, at most {worst:.1e} from the CPU's, allowed {allowed:.0e}");
+    let detail =
+        format!("loss from {first:.4} to {last:.4}, at most {worst:.1e} from the CPU's, allowed {allowed:.0e}");
     let good = worst <= allowed && last < 0.9 * first;
     Ok(Seen { outcome: if good { Outcome::Good } else { Outcome::Bad }, detail })
 }

@@ -49,3 +49,54 @@ fn energy(rounds: &[BenchReport], tokens: usize) -> Option<Energy> {
     let joules_per_iter = joules / iters;
     Some(Energy { source, watts: joules / seconds, joules_per_iter, tokens_per_joule: tokens as f64 / joules_per_iter })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(samples: &[f64], joules: Option<f64>) -> BenchReport {
+        let text = include_str!("../../tests/fixtures/minimal.json");
+        let like = BenchReport::parse(text, "minimal.json").unwrap();
+        let mut report = BenchReport::new(
+            like.machine,
+            like.device,
+            like.dtype,
+            like.config,
+            like.warmup,
+            samples.to_vec(),
+            like.timer,
+        );
+        report.energy = joules.map(|joules| Energy {
+            source: "nvml".into(),
+            watts: 50.0,
+            joules_per_iter: joules,
+            tokens_per_joule: report.config.tokens_per_iter() as f64 / joules,
+        });
+        report.losses = Some(vec![1.0; samples.len()]);
+        report
+    }
+
+    #[test]
+    fn rounds_become_one_report_that_does_not_contradict_itself() {
+        let mut first = round(&[4.0, 6.0], Some(2.0));
+        first.mfu_measured = Some(Mfu { fraction: 0.3, peak_flops: 1e12, how: "measured".into() });
+        first.peak_memory_bytes = Some(5);
+        let mut second = round(&[10.0], Some(5.0));
+        second.peak_memory_bytes = Some(7);
+        let merged = BenchReport::merge(vec![first, second]).unwrap();
+        assert_eq!((merged.median_ms, merged.min_ms, merged.max_ms), (6.0, 4.0, 10.0));
+        assert_eq!((merged.samples_ms.len(), merged.peak_memory_bytes), (3, Some(7)));
+        // 5 ms were 0.3 of the peak, so 6 ms are 0.25 of it.
+        assert!((merged.mfu_measured.as_ref().unwrap().fraction - 0.25).abs() < 1e-12);
+        let energy = merged.energy.as_ref().unwrap();
+        assert!((energy.joules_per_iter - 3.0).abs() < 1e-12 && (energy.watts - 50.0).abs() < 1e-9);
+        BenchReport::parse(&merged.to_json().unwrap(), "merged").unwrap();
+    }
+
+    #[test]
+    fn energy_of_some_rounds_is_none() {
+        let merged = BenchReport::merge(vec![round(&[4.0], Some(2.0)), round(&[4.0], None)]).unwrap();
+        assert_eq!(merged.energy, None);
+        assert_eq!(BenchReport::merge(Vec::new()), None);
+    }
+}

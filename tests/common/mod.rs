@@ -1,6 +1,6 @@
 //! What the tests share: the devices, and the library's f64 twins with their comparer.
 
-#![allow(dead_code)] // each test binary uses its part
+#![allow(dead_code, unused_imports)] // each test binary uses its part
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use gpt_wgpu::device::{self, DeviceSpec};

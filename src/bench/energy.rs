@@ -74,19 +74,20 @@ impl Meter {
 }
 
 fn counter(chosen: &Chosen) -> Result<Box<dyn Counter>, String> {
-    let shares_the_package = chosen.adapter.as_ref().is_none_or(|a| matches!(a.kind, "software" | "integrated"));
-    if let Some(adapter) = &chosen.adapter
-        && adapter.id.starts_with("10de:")
-    {
+    if let Some(adapter) = chosen.adapter.as_ref().filter(|adapter| adapter.id.starts_with("10de:")) {
         return Ok(Box::new(NvidiaCard::of(adapter)?));
     }
     #[cfg(target_os = "macos")]
-    return Ok(Box::new(apple::Chip::default()));
+    let apple: Option<Box<dyn Counter>> = Some(Box::new(apple::Chip::default()));
     #[cfg(not(target_os = "macos"))]
+    let apple = None;
+    if let Some(chip) = apple {
+        return Ok(chip);
+    }
+    let shares_the_package = chosen.adapter.as_ref().is_none_or(|a| matches!(a.kind, "software" | "integrated"));
     if cfg!(target_os = "linux") && shares_the_package {
         return Ok(Box::new(Packages::of(Path::new("/sys/class/powercap"))?));
     }
-    #[cfg(not(target_os = "macos"))]
     Err(format!("there is no counter for {} on {} that needs no root", chosen.name, std::env::consts::OS))
 }
 

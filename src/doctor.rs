@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData, TimingMethod};
 use serde::Serialize;
 
 use crate::bench;
@@ -203,7 +203,7 @@ fn timestamps(bed: &Bed) -> Result<Seen> {
             let started = Instant::now();
             let work = || (0..calls).for_each(|_| drop(linear(x.clone(), w.clone(), None)));
             let ((), profile) = device.profile(work).map_err(|error| anyhow!("{error:?}"))?;
-            own &= format!("{:?}", profile.timing_method()) == "Device";
+            own &= profile.timing_method() == TimingMethod::Device;
             bench::wait(device)?;
             by_host = by_host.min(started.elapsed().as_secs_f64());
             let ticks = pollster::block_on(profile.resolve()).context("the device answered no timestamps")?;

@@ -111,6 +111,7 @@ fn bench_refuses_what_it_cannot_measure() {
     let sandbox = Sandbox::new();
     refused(&sandbox.run(&["bench", "--iters=0"]), 2, &["--iters", "at least 1"]);
     refused(&sandbox.run(&["bench", "none.toml"]), 2, &["none.toml"]);
+    refused(&sandbox.run(&["bench", "--json=none/report.json"]), 1, &["--json", "no folder none"]);
     refused(&sandbox.run(&["bench", "--device=cuda"]), 1, &["--device cuda"]);
     refused(&sandbox.run(&["bench", "--n-head=0"]), 2, &["n_head = 0"]);
     let flags = ["--learning-rate=1e30", "--warmup-iters=0", "--grad-clip=0", "--no-peak"];

@@ -1,10 +1,10 @@
 //! `gpt-wgpu bench`: how fast this machine trains a configuration.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{ArgMatches, Args};
 
 use crate::bench::{self, Bench};
@@ -54,6 +54,10 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
     };
     let config = base.with_flags(matches)?;
     config.validate()?;
+    // Found out before the measurement, not after it.
+    if let Some(folder) = args.json.as_deref().and_then(Path::parent).filter(|folder| !folder.as_os_str().is_empty()) {
+        ensure!(folder.is_dir(), "--json: there is no folder {}", folder.display());
+    }
     let chosen = device::choose(config.train.device.parse()?)?;
     kernel::choose(config.train.kernels);
     let mut stdout = std::io::stdout(); // a closed pipe (`| head`) is no error

@@ -17,31 +17,19 @@ import time
 START = time.perf_counter()  # time_to_first_step_s counts the import of torch: a user waits for it too
 
 import argparse
-import datetime
 import json
-import math
 import platform
-import statistics
 import subprocess
 import sys
-import tomllib
 from contextlib import nullcontext
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import fields
 
 import torch
 
+from bench_common import add_arguments, cpu_name, report, shapes, tell, verdict
 from gpt_torch import GPT, GPTConfig, decay_groups, load_hf
 
-SHAPES = {f.name: f.default for f in fields(GPTConfig) if f.name != "gelu"} | {"batch_size": 12}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def boolean(text):
-    """argparse's type for --bias, --bias true, --bias=False."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def parse_args():
@@ -49,15 +37,8 @@ def parse_args():
     ap.add_argument("--device", choices=["cpu", "cuda", "mps"], help="the best that is there, unless given")
     ap.add_argument("--dtype", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="bf16, fp16: autocast (%(default)s)")
     ap.add_argument("--compile", action="store_true", help="torch.compile the model")
-    ap.add_argument("--config", type=Path, metavar="TOML", help="nanoGPT's names, in whatever tables; other keys are ignored")
-    for name, default in SHAPES.items():
-        kind = dict(type=boolean, nargs="?", const=True) if type(default) is bool else dict(type=type(default))
-        ap.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **kind, help=f"({default})")
-    ap.add_argument("--warmup", type=int, default=5, help="iterations before the timed ones, at least 1 (%(default)s)")
-    ap.add_argument("--iters", type=int, default=20, help="timed iterations (%(default)s)")
     ap.add_argument("--threads", type=int, help="CPU threads of PyTorch")
-    ap.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    ap.add_argument("--check", type=Path, metavar="GOLDEN", help="compare with a golden file, and exit with 0 or 1")
+    add_arguments(ap)
     args = ap.parse_args()
     if args.warmup < 1 or args.iters < 1:
         ap.error("--warmup and --iters must be at least 1")
@@ -70,43 +51,11 @@ def parse_args():
     return args
 
 
-def shapes(args):
-    """The model's keys and batch_size: defaults, then the config file, then the flags."""
-    out = dict(SHAPES)
-    if args.config:
-        doc = tomllib.loads(args.config.read_text())
-        for table in [doc, *(v for v in doc.values() if isinstance(v, dict))]:
-            out |= {k: type(SHAPES[k])(v) for k, v in table.items() if k in SHAPES}
-    return out | {k: v for k, v in vars(args).items() if k in SHAPES and v is not None}
-
-
 def synchronise(device):
     if device == "cuda":
         torch.cuda.synchronize()
     elif device == "mps":
         torch.mps.synchronize()
-
-
-def cpu_name():
-    """The processor as its system calls it; the standard library often knows no more than the architecture."""
-    try:
-        if sys.platform == "linux":
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        if sys.platform == "darwin":
-            return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    except (OSError, StopIteration, subprocess.SubprocessError):
-        pass
-    return platform.processor() or platform.machine()
-
-
-def os_name():
-    if sys.platform == "darwin":
-        return f"macOS {platform.mac_ver()[0]}"
-    try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        return f"{platform.system()} {platform.release()}"
 
 
 def driver(device):
@@ -170,51 +119,34 @@ def bench(args):
         if it == 0:
             first = time.perf_counter() - START
     samples, losses = samples[args.warmup:], torch.stack(losses[args.warmup:]).tolist()
-    if not all(map(math.isfinite, losses)):
-        sys.exit(f"a loss is not finite, so the times mean nothing: {losses}")
-
-    median, cpu = statistics.median(samples), cpu_name()
+    cpu = cpu_name()
     gpu = torch.cuda.get_device_properties() if device == "cuda" else None
     products = {
         "tf32": "f32 inputs cut to TF32, f32 sums",
         "bf16": "autocast: bf16 inputs, f32 sums, f32 weights",
         "fp16": "autocast: f16 inputs, f32 sums, f32 weights, loss scaled",
     }
-    return {
-        "schema": "gpt-wgpu-bench",
-        "version": 1,
-        "program": "pytorch",
-        "program_version": torch.__version__,
-        "commit": torch.version.git_version,
-        "machine": {"os": os_name(), "arch": platform.machine(), "cpu": cpu, "threads": torch.get_num_threads()},
-        "device": {
+    return report(
+        args,
+        samples,
+        losses,
+        program="pytorch",
+        program_version=torch.__version__,
+        commit=torch.version.git_version,
+        threads=torch.get_num_threads(),
+        device={
             "backend": device,
             "name": gpu.name if gpu else cpu,
             "driver": driver(device),
             "memory_bytes": gpu.total_memory if gpu else None,
         },
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "dtype": args.dtype,
-        "products": products.get(args.dtype),
-        "kernels": f"scaled_dot_product_attention, {'fused' if fused else 'unfused'} AdamW",
-        "compiled": args.compile,
-        "config": config | {"gelu": cfg.gelu, "gradient_accumulation_steps": 1},
-        "warmup": args.warmup,
-        "samples_ms": samples,
-        "median_ms": median,
-        "min_ms": min(samples),
-        "max_ms": max(samples),
-        "tokens_per_s": B * cfg.block_size / median * 1e3,
-        "mfu_measured": None,
-        "mfu_published": None,
-        "time_to_first_step_s": first,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,  # of the timed iterations
-        "energy": None,
-        "energy_reason": "bench_pytorch.py does not measure it",
-        "ops": None,
-        "timer": "host clock",
-        "losses": losses,  # of the timed iterations
-    }
+        dtype=args.dtype,
+        products=products.get(args.dtype),
+        kernels=f"scaled_dot_product_attention, {'fused' if fused else 'unfused'} AdamW",
+        compiled=args.compile,
+        time_to_first_step_s=first,
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,  # of the timed iterations
+    )
 
 
 def check(args, tolerance=1e-5):
@@ -235,11 +167,7 @@ def check(args, tolerance=1e-5):
     with torch.no_grad():
         logits, loss = model(golden["tokens"].long().to(args.device), golden["targets"].long().to(args.device))
     worst = {"loss": (loss.cpu() - golden["loss"]).abs().max(), "logits": (logits.cpu() - golden["logits"]).abs().max()}
-    ok = all(diff <= tolerance for diff in worst.values())  # false for nan
-    for name, diff in worst.items():
-        print(f"{name:6} differs by {diff:.2e} at most (allowed {tolerance:.0e})")
-    print(f"{'PASS' if ok else 'FAIL'} {args.check} on {args.device}")
-    return ok
+    return verdict(worst, args.check, args.device, tolerance)
 
 
 def main():
@@ -248,13 +176,7 @@ def main():
         torch.set_num_threads(args.threads)
     if args.check:
         sys.exit(0 if check(args) else 1)
-    r = bench(args)
-    memory = f", peak {r['peak_memory_bytes'] / 2**30:.2f} GiB" if r["peak_memory_bytes"] is not None else ""
-    print(f"pytorch {r['program_version']} {r['device']['name']} {r['dtype']}{' compiled' if r['compiled'] else ''}: "
-          f"{r['median_ms']:.2f} ms/iter (min {r['min_ms']:.2f}, max {r['max_ms']:.2f}), {r['tokens_per_s']:,.0f} tokens/s, "
-          f"first step after {r['time_to_first_step_s']:.1f} s{memory}")
-    if args.json:
-        args.json.write_text(json.dumps(r, indent=1) + "\n")
+    tell(bench(args), args.json)
 
 
 if __name__ == "__main__":

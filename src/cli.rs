@@ -1,6 +1,9 @@
 //! The command line: one file a command, this file only routes.
 
+mod bench;
 mod compare;
+mod devices;
+mod doctor;
 mod eval;
 mod info;
 mod prepare;
@@ -11,6 +14,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -41,8 +45,13 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Turn text into train.bin and val.bin
     Prepare(prepare::PrepareArgs),
-    /// Lay reports of `bench`, or training runs, side by side
+    /// Measure the speed of training
+    #[command(args_override_self = true)]
+    Bench(Box<bench::BenchArgs>),
+    /// Lay reports of `bench`, training runs or devices side by side
     Compare(compare::CompareArgs),
+    /// Check whether a device can be trusted to train; a minute
+    Doctor(doctor::DoctorArgs),
     /// List the devices and what the kernels can use of them
     Info(info::InfoArgs),
     /// Print a completion script for a shell
@@ -64,6 +73,7 @@ pub struct Interrupted(PathBuf, PathBuf);
 /// # Errors
 /// Whatever the command reports; [`Interrupted`] after Ctrl-C.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    let started = Instant::now();
     let matches = Cli::command().get_matches_from(args.into_iter().map(dashes));
     let warnings = tracing_subscriber::EnvFilter::try_from_env("GPT_WGPU_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("gpt_wgpu=warn"));
@@ -74,7 +84,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Sample(args) => sample::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Prepare(args) => prepare::run(&args),
+        Command::Bench(args) => bench::run(&args, submatches(&matches), started),
         Command::Compare(args) => compare::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "gpt-wgpu", &mut std::io::stdout());

@@ -104,6 +104,14 @@ impl Default for DataConfig {
     }
 }
 
+impl DataConfig {
+    /// The dataset's folder: `dataset` where that is a folder with a train.bin, else the one of that name under data_dir.
+    pub fn folder(&self) -> PathBuf {
+        let named = PathBuf::from(&self.dataset);
+        if named.join("train.bin").exists() { named } else { self.data_dir.join(named) }
+    }
+}
+
 /// AdamW and its schedule.
 #[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

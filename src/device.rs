@@ -99,6 +99,8 @@ pub struct AdapterReport {
     pub driver: String,
     /// PCI or vendor identity, `vendor:device` in hexadecimal.
     pub id: String,
+    /// Place on the PCI bus, `domain:bus:device.function`, where the API tells.
+    pub pci_bus: Option<String>,
     /// Bytes, where the API tells.
     pub memory_bytes: Option<u64>,
     /// What the kernels care about.
@@ -188,6 +190,7 @@ fn report(api: Api, index: usize, adapter: &wgpu::Adapter) -> AdapterReport {
         },
         driver: format!("{} {}", info.driver, info.driver_info).trim().to_string(),
         id: format!("{:04x}:{:04x}", info.vendor, info.device),
+        pci_bus: Some(info.device_pci_bus_id).filter(|place| !place.is_empty()),
         memory_bytes: memory_bytes(adapter),
         name: info.name,
         limits: Limits {
@@ -275,7 +278,7 @@ fn cpu(reason: &str) -> Chosen {
 }
 
 /// The processor's own name.
-fn cpu_name() -> String {
+pub fn cpu_name() -> String {
     use sysinfo::{CpuRefreshKind, RefreshKind, System};
     let what = RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing());
     let system = System::new_with_specifics(what).ok();
@@ -308,7 +311,24 @@ fn auto() -> Result<Chosen> {
     Ok(cpu(&reason))
 }
 
+/// Whether the device that `spec` asks for is there, without opening it.
+///
+/// # Errors
+/// When there is no such adapter: what to do about it.
+pub fn check(spec: DeviceSpec) -> Result<()> {
+    match spec {
+        DeviceSpec::Auto | DeviceSpec::Cpu => Ok(()),
+        DeviceSpec::Gpu(api, index) => find(api, index).map(|_| ()),
+    }
+}
+
 fn gpu(api: Api, index: Option<usize>) -> Result<Chosen> {
+    let (instance, adapter, report, reason) = find(api, index)?;
+    open(api, instance, adapter, report, reason)
+}
+
+/// The adapter that was asked for, and why it is this one.
+fn find(api: Api, index: Option<usize>) -> Result<(wgpu::Instance, wgpu::Adapter, AdapterReport, String)> {
     let (instance, mut adapters) = pollster::block_on(adapters_of(api));
     if adapters.is_empty() {
         let hint = match api {
@@ -318,7 +338,8 @@ fn gpu(api: Api, index: Option<usize>) -> Result<Chosen> {
             Api::Metal => "; Metal exists on macOS only",
             Api::Dx12 if !cfg!(windows) => "; DX12 exists on Windows only",
             Api::Vulkan if cfg!(target_os = "macos") => {
-                "; on macOS it comes with `brew install molten-vk vulkan-loader`"
+                "; on macOS it comes with `brew install molten-vk vulkan-loader`, and is found with DYLD_FALLBACK_LIBRARY_PATH \
+                 at $(brew --prefix)/lib and VK_DRIVER_FILES at $(brew --prefix)/etc/vulkan/icd.d/MoltenVK_icd.json"
             }
             Api::Vulkan => "; it needs a driver and the Vulkan loader (Debian: libvulkan1 mesa-vulkan-drivers)",
             _ => "",
@@ -339,7 +360,7 @@ fn gpu(api: Api, index: Option<usize>) -> Result<Chosen> {
         }
     };
     let (adapter, report) = adapters.swap_remove(position);
-    open(api, instance, adapter, report, reason)
+    Ok((instance, adapter, report, reason))
 }
 
 /// Makes wgpu's device with everything the adapter has, and hands it to Burn.

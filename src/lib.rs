@@ -3,6 +3,8 @@
 
 #![warn(missing_docs)]
 
+/// One measurement of training speed.
+pub mod bench;
 /// Checkpoints.
 pub mod checkpoint;
 /// The command line: one file a command.
@@ -17,6 +19,8 @@ pub mod corpus;
 pub mod data;
 /// Which device computes, and why.
 pub mod device;
+/// Whether a device can be trusted to train.
+pub mod doctor;
 /// One WGSL kernel and its launch.
 pub mod kernel;
 /// Terminal lines and metrics.jsonl.
@@ -41,3 +45,5 @@ pub mod sample;
 pub mod tokenizer;
 /// The training loop.
 pub mod train;
+/// The operations once more, as plain f64 loops.
+pub mod twins;

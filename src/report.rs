@@ -5,6 +5,7 @@
 //! without a new version; a key that changes its meaning needs one.
 
 mod file;
+mod merge;
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +46,8 @@ pub struct BenchReport {
     pub compiled: Option<bool>,
     /// The model and the batch.
     pub config: BenchConfig,
+    /// What the tokens were: `tokens of shakespeare_char`, or `random tokens`, which change the losses and not the times.
+    pub data: Option<String>,
     /// Iterations before the first sample.
     pub warmup: usize,
     /// Every timed iteration in the order of measurement, ms: forward, backward, clip, AdamW.

@@ -71,12 +71,15 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
     let (mut model, mut optimizer, mut state) = begin(config, run.start, &device)?;
     let out_dir = &config.train.out_dir;
     let max_iters = config.train.max_iters;
-    let batch_size = config.data.batch_size;
-    let accumulation = config.data.gradient_accumulation_steps;
-    let seed = config.train.seed;
     let flops_per_iter = model.config.flops_per_token() * config.tokens_per_iter() as f64;
     let mut report = Reporter::new(out_dir, state.step, max_iters, run.quiet)?;
     let tokenizer = run.tokenizer.as_deref();
+    let (seed, batch_size) = (config.train.seed, config.data.batch_size);
+    let batch = |position| -> Result<_> {
+        let batch = run.data.batch(Split::Train, seed, position, batch_size, config.model.block_size)?;
+        Ok(upload(&batch, batch_size, &device))
+    };
+    let step = Step { config, batch: &batch };
     let mut timed = Timer::start();
 
     let ended = loop {
@@ -116,24 +119,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
             timed.resume();
         }
 
-        // Forward and backward of every micro-batch; the loss is the mean over all of its tokens.
-        let mut gradients = GradientSum::default();
-        let mut loss_sum: Option<Tensor<1>> = None;
-        for _ in 0..accumulation {
-            let batch = run.data.batch(Split::Train, seed, state.position, batch_size, config.model.block_size)?;
-            let (tokens, targets) = upload(&batch, batch_size, &device);
-            let dropout =
-                Dropout { probability: config.model.dropout as f32, seed, step: state.position as u32, site: 0 };
-            state.position += 1;
-            let loss = model.loss(tokens, targets, dropout) / accumulation as f64;
-            gradients.add(&model, &mut loss.backward());
-            let loss = loss.inner();
-            loss_sum = Some(match loss_sum {
-                Some(sum) => sum + loss,
-                None => loss,
-            });
-        }
-        let (updated, norm) = optimizer.step(model, gradients, &config.optim, lr);
+        let (updated, stepped) = step.run(model, &mut optimizer, &mut state.position, lr)?;
         model = updated;
         state.step += 1;
         timed.iters += 1;
@@ -142,8 +128,8 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
         let last = state.step > max_iters;
         if iter.is_multiple_of(config.train.log_interval) || last || stopping {
             // The one place where the host waits for the device.
-            let loss = scalar(loss_sum)?;
-            let grad_norm = scalar(norm)?;
+            let loss = scalar(stepped.loss)?;
+            let grad_norm = scalar(stepped.norm)?;
             let ms = timed.lap();
             let tokens_per_s = config.tokens_per_iter() as f64 / ms * 1e3;
             let mfu = flops_per_iter / (ms / 1e3) / NANOGPT_PEAK;
@@ -175,6 +161,50 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
     };
     report.finish();
     Ok((model, ended))
+}
+
+/// One iteration of training: what [`run`] repeats and `bench` times.
+pub struct Step<'a> {
+    /// The run's settings.
+    pub config: &'a Config,
+    /// tokens and targets, each (B, T), of the micro-batch at a position of the data, on the model's device.
+    pub batch: &'a dyn Fn(u64) -> Result<(Tensor<2, Int>, Tensor<2, Int>)>,
+}
+
+/// What an iteration leaves on the device, to be read when it is wanted: reading waits.
+pub struct Stepped {
+    /// Mean loss over the iteration's tokens in nats, (1).
+    pub loss: Option<Tensor<1>>,
+    /// Global gradient norm before clipping, (1).
+    pub norm: Option<Tensor<1>>,
+}
+
+impl Step<'_> {
+    /// Forward and backward of every micro-batch from `position` on, which moves behind them; clip; AdamW. Queues the work
+    /// and waits for nothing.
+    ///
+    /// # Errors
+    /// When there is no batch.
+    pub fn run(&self, model: Gpt, optimizer: &mut Optimizer, position: &mut u64, lr: f64) -> Result<(Gpt, Stepped)> {
+        let accumulation = self.config.data.gradient_accumulation_steps;
+        let (seed, probability) = (self.config.train.seed, self.config.model.dropout as f32);
+        let mut gradients = GradientSum::default();
+        let mut loss_sum: Option<Tensor<1>> = None;
+        for _ in 0..accumulation {
+            let (tokens, targets) = (self.batch)(*position)?;
+            let dropout = Dropout { probability, seed, step: *position as u32, site: 0 };
+            *position += 1;
+            let loss = model.loss(tokens, targets, dropout) / accumulation as f64;
+            gradients.add(&model, &mut loss.backward());
+            let loss = loss.inner();
+            loss_sum = Some(match loss_sum {
+                Some(sum) => sum + loss,
+                None => loss,
+            });
+        }
+        let (model, norm) = optimizer.step(model, gradients, &self.config.optim, lr);
+        Ok((model, Stepped { loss: loss_sum, norm }))
+    }
 }
 
 /// Model, optimizer and state before the first iteration.
@@ -240,7 +270,7 @@ pub fn evaluate(model: &Gpt, config: &Config, data: &Dataset, device: &Device, i
 }
 
 /// tokens and targets, each (B, T), on the device.
-fn upload(batch: &Batch, batch_size: usize, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
+pub fn upload(batch: &Batch, batch_size: usize, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
     let tensor = |values: &[i32]| {
         let shape = [batch_size, values.len() / batch_size];
         Tensor::from_data(TensorData::new(values.to_vec(), shape), device)

@@ -400,7 +400,7 @@ fn completions_and_the_manual_name_every_command() {
     for args in [&["completions", "bash"][..], &["completions", "zsh"], &["man"]] {
         let output = sandbox.run(args);
         assert!(output.status.success(), "{}", text(&output));
-        for command in ["train", "sample", "eval", "prepare", "compare", "info"] {
+        for command in ["train", "sample", "eval", "prepare", "bench", "compare", "doctor", "info"] {
             assert!(text(&output).contains(command), "{args:?}: {command}");
         }
     }

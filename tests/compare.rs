@@ -330,7 +330,12 @@ fn pages_are_self_contained_and_escaped() {
 /// The page as headless Chromium sees it after loading: its DOM, and what it logged.
 fn browse(html: &str) -> Option<(String, String)> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let browser = std::env::split_paths(&path).map(|folder| folder.join("chromium")).find(|file| file.is_file())?;
+    let find = |name: &str| std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file());
+    let Some(browser) = ["chromium", "google-chrome"].into_iter().find_map(find) else {
+        let required = std::env::var("GPT_WGPU_REQUIRE_BROWSER").is_ok_and(|value| value == "1");
+        assert!(!required, "GPT_WGPU_REQUIRE_BROWSER=1, and there is no chromium on PATH");
+        return None;
+    };
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("page.html");
     fs::write(&page, html).unwrap();

@@ -1,18 +1,36 @@
-//! `gpt-wgpu compare`: reports or training runs side by side.
+//! `gpt-wgpu compare`: reports or training runs side by side, or devices of this machine.
 
 use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use crate::compare::{self, Options, Render};
+use super::bench::at_least_one;
+use super::devices::{self, Rounds};
+use crate::compare::{self, Options, Render, compare_reports};
 
 #[derive(Args)]
 pub struct CompareArgs {
-    /// Two or more reports (JSON), or runs (an out_dir or its metrics.jsonl); the first is what the others are compared with
-    #[arg(required = true, num_args = 2..)]
+    /// Two or more reports (JSON), or runs (an out_dir or its metrics.jsonl); the first is what the others are compared with.
+    /// With --devices, a configuration file
+    #[arg(required_unless_present = "devices")]
     files: Vec<PathBuf>,
+    /// Measure these devices now, in turns, with the configuration: metal,vulkan or vulkan:0,vulkan:1,cpu
+    #[arg(long, value_delimiter = ',')]
+    devices: Vec<String>,
+    /// With --devices: how often the devices take turns
+    #[arg(long, default_value_t = 4, value_parser = at_least_one, requires = "devices")]
+    rounds: usize,
+    /// With --devices: timed iterations of a round
+    #[arg(long, default_value_t = 10, value_parser = at_least_one, requires = "devices")]
+    iters: usize,
+    /// With --devices: iterations before the timed ones, in every round
+    #[arg(long, default_value_t = 5, requires = "devices")]
+    warmup: usize,
+    /// With --devices: write each device's report into this folder
+    #[arg(long, requires = "devices")]
+    save: Option<PathBuf>,
     /// Write one self-contained page
     #[arg(long)]
     html: Option<PathBuf>,
@@ -32,8 +50,27 @@ pub struct CompareArgs {
 
 pub fn run(args: &CompareArgs) -> Result<()> {
     let options = Options { across_dtypes: args.across_dtypes, tolerance: args.tolerance };
-    let comparison = compare::compare(&args.files, &options)?;
-    show(&*comparison, args)
+    if args.devices.is_empty() {
+        let comparison = compare::compare(&args.files, &options)?;
+        return show(&*comparison, args);
+    }
+    ensure!(
+        args.files.len() < 2,
+        "--devices takes one configuration file, and got {}; reports are compared without --devices",
+        args.files.len()
+    );
+    let rounds = Rounds {
+        devices: &args.devices,
+        config: args.files.first().map(PathBuf::as_path),
+        rounds: args.rounds,
+        iters: args.iters,
+        warmup: args.warmup,
+    };
+    let reports = rounds.measure()?;
+    if let Some(folder) = &args.save {
+        devices::save(&reports, folder)?;
+    }
+    show(&compare_reports(&reports, &options)?, args)
 }
 
 fn show(comparison: &dyn Render, args: &CompareArgs) -> Result<()> {

@@ -37,10 +37,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         config.train.eval_iters = eval_iters;
         config.validate()?;
     }
-    let named = PathBuf::from(&config.data.dataset);
-    let dir = if named.join("train.bin").exists() { named } else { config.data.data_dir.join(named) };
     let shape = checkpoint.state.model;
-    let data = Dataset::open(&dir, Some(shape.vocab_size), shape.block_size)?;
+    let data = Dataset::open(&config.data.folder(), Some(shape.vocab_size), shape.block_size)?;
     let chosen = device::choose(args.device.parse()?)?;
     let model = checkpoint.model(&chosen.device)?;
     let step = checkpoint.state.step;

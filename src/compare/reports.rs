@@ -141,6 +141,7 @@ impl ReportRow {
             ("device memory", report.device.memory_bytes.map(bytes)),
             ("system", Some(format!("{} {}", report.machine.os, report.machine.arch))),
             ("cpu", Some(format!("{}, threads: {}", report.machine.cpu, report.machine.threads))),
+            ("data", report.data.clone()),
             ("timed", Some(format!("{} iterations after {} of warm-up", self.spread.count, report.warmup))),
             ("5th to 95th percentile", Some(format!("{} to {} ms", ms(self.spread.low), ms(self.spread.high)))),
             ("timer", Some(report.timer.name().into())),

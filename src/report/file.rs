@@ -89,6 +89,7 @@ impl BenchReport {
             products: None,
             kernels: None,
             compiled: None,
+            data: None,
             warmup,
             median_ms,
             min_ms: samples_ms.iter().copied().fold(f64::NAN, f64::min),

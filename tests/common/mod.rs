@@ -1,12 +1,12 @@
-//! What the tests share: the devices, the f64 twins (llm.c-style loops, forward and backward) and the comparer.
+//! What the tests share: the devices, and the library's f64 twins with their comparer.
 
-#![allow(dead_code)] // each test binary uses its part
+#![allow(dead_code, unused_imports)] // each test binary uses its part
 
 pub mod guarded;
-pub mod twins;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use gpt_wgpu::device::{self, DeviceSpec};
+pub use gpt_wgpu::twins::{self, difference};
 
 /// The devices of this machine that tests run on: the CPU, and the adapter that `GPT_WGPU_DEVICE` names (vulkan without it).
 ///
@@ -75,17 +75,6 @@ pub fn int_tensor<const D: usize>(values: &[i32], shape: [usize; D], device: &De
 
 pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
     gpt_wgpu::checkpoint::read(tensor).unwrap().into_iter().map(f64::from).collect()
-}
-
-/// Where `got` leaves `want` by more than `tolerance` · (1 + |want|), the first such element; NaN never passes.
-pub fn difference(got: &[f64], want: &[f64], tolerance: f64) -> Option<String> {
-    if got.len() != want.len() {
-        return Some(format!("{} elements, wanted {}", got.len(), want.len()));
-    }
-    got.iter()
-        .zip(want)
-        .position(|(g, w)| (g - w).is_nan() || (g - w).abs() > tolerance * (1.0 + w.abs()))
-        .map(|i| format!("element {i} is {}, wanted {}", got[i], want[i]))
 }
 
 #[track_caller]

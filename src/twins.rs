@@ -1,8 +1,31 @@
-//! The operations as plain f64 loops, forward and backward, in the manner of llm.c: the bottom of the chain of twins.
+//! The operations as plain f64 loops, forward and backward, in the manner of llm.c: the bottom of the chain of twins. The
+//! tests and `doctor` hold every kernel against them. Tensors are row-major slices.
 
-use gpt_wgpu::ops::adamw::AdamW;
-use gpt_wgpu::ops::dropout::Dropout;
-use gpt_wgpu::ops::linear::Gelu;
+use crate::ops::adamw::AdamW;
+use crate::ops::dropout::Dropout;
+use crate::ops::linear::Gelu;
+
+/// Where `got` leaves `want` by more than `tolerance` · (1 + |want|), the first such element; NaN never passes.
+pub fn difference(got: &[f64], want: &[f64], tolerance: f64) -> Option<String> {
+    if got.len() != want.len() {
+        return Some(format!("{} elements, wanted {}", got.len(), want.len()));
+    }
+    got.iter()
+        .zip(want)
+        .position(|(g, w)| (g - w).is_nan() || (g - w).abs() > tolerance * (1.0 + w.abs()))
+        .map(|i| format!("element {i} is {}, wanted {}", got[i], want[i]))
+}
+
+/// How far `got` is from `want`: the largest difference of an element, relative to that element and the root mean square of
+/// all. Infinite where a number is none, or one is missing.
+pub fn distance(got: &[f64], want: &[f64]) -> f64 {
+    if got.len() != want.len() {
+        return f64::INFINITY;
+    }
+    let rms = (want.iter().map(|w| w * w).sum::<f64>() / want.len().max(1) as f64).sqrt().max(1e-9);
+    let apart = got.iter().zip(want).map(|(g, w)| (g - w).abs() / (rms + w.abs()));
+    apart.fold(0.0, |worst, d| if d.is_nan() { f64::INFINITY } else { d.max(worst) })
+}
 
 /// y (rows, n) = x (rows, k) wᵀ (n, k) + b.
 pub fn linear(x: &[f64], w: &[f64], b: Option<&[f64]>, rows: usize, k: usize, n: usize) -> Vec<f64> {
@@ -54,6 +77,7 @@ pub fn erf(x: f64) -> f64 {
     (1.0 - complement) * x.signum()
 }
 
+/// gelu(x).
 pub fn gelu(x: f64, kind: Gelu) -> f64 {
     match kind {
         Gelu::Erf => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
@@ -107,9 +131,13 @@ pub fn layer_norm_backward(dy: &[f64], x: &[f64], w: &[f64], c: usize) -> [Vec<f
 /// The sizes of an embedding; tokens (B, T) follow.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbeddingShape {
+    /// Tokens T of a sequence.
     pub time: usize,
+    /// Rows V of the token embedding.
     pub vocab: usize,
+    /// Rows of the position embedding.
     pub block_size: usize,
+    /// Columns C of both.
     pub channels: usize,
 }
 
@@ -165,13 +193,18 @@ pub fn adamw(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64,
 /// The sizes of an attention.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionShape {
+    /// Sequences B.
     pub batch: usize,
+    /// Tokens T.
     pub time: usize,
+    /// Heads H.
     pub heads: usize,
+    /// Channels D of a head.
     pub head_dim: usize,
 }
 
 impl AttentionShape {
+    /// Channels C of all heads.
     pub fn channels(&self) -> usize {
         self.heads * self.head_dim
     }

@@ -1,0 +1,199 @@
+//! One measurement of training speed as a report: warm-up, timed iterations, and what they are set against.
+//!
+//! What is timed is [`train::Step`], the step that training repeats, with batches that lie on the device already. Each
+//! sample is one iteration by the host's clock, the device waited for, as docs/bench-schema.md wants it.
+
+mod energy;
+mod peak;
+
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use burn::tensor::{Int, Tensor};
+
+pub use energy::Meter;
+pub use peak::{Peak, bandwidth, matrix, published, wait};
+
+use crate::checkpoint::read;
+use crate::config::Config;
+use crate::data::{Batch, Dataset, Split};
+use crate::device::{self, Chosen};
+use crate::kernel::{self, Kernels, Variant};
+use crate::model::{Gpt, GptConfig};
+use crate::ops::linear::Gelu;
+use crate::optim::{self, Optimizer};
+use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, Mfu, Timer};
+use crate::rng;
+use crate::train::{self, Step};
+
+/// What to measure. The kernels are the process's choice ([`kernel::choose`]).
+pub struct Bench<'a> {
+    /// Shape of the batch, optimizer, seed.
+    pub config: &'a Config,
+    /// The model's shape.
+    pub gpt: GptConfig,
+    /// Where to compute.
+    pub chosen: &'a Chosen,
+    /// The tokens; random ones without it, which changes the losses and not the times.
+    pub data: Option<&'a Dataset>,
+    /// Iterations before the first sample.
+    pub warmup: usize,
+    /// Samples.
+    pub iters: usize,
+    /// Whether to measure the device's matrix peak too.
+    pub peak: bool,
+    /// When the program started.
+    pub started: Instant,
+}
+
+/// Micro-batches that are made, and used in turn.
+const BATCHES: u64 = 8;
+
+/// Measures.
+///
+/// # Errors
+/// When the data is bad, the device fails, or a loss is no number: times of wrong work mean nothing.
+pub fn run(bench: &Bench) -> Result<BenchReport> {
+    let Bench { config, chosen, .. } = bench;
+    let device = chosen.device.clone().autodiff();
+    let batches = (0..BATCHES).map(|position| tokens(bench, position, &device)).collect::<Result<Vec<_>>>()?;
+    let batch = |position: u64| -> Result<_> { Ok(batches[(position % BATCHES) as usize].clone()) };
+    let step = Step { config, batch: &batch };
+    let mut model = Gpt::init(&bench.gpt, config.train.seed, &device);
+    let (mut optimizer, mut position) = (Optimizer::default(), 0);
+    let (mut samples, mut losses) = (Vec::new(), Vec::new());
+    let (mut first_step, mut memory) = (None, None);
+    let mut meter = Meter::of(chosen);
+    for iter in 0..bench.warmup + bench.iters {
+        if iter == bench.warmup {
+            meter.start();
+        }
+        let started = Instant::now();
+        let lr = optim::learning_rate(&config.optim, iter as u64);
+        let (updated, stepped) = step.run(model, &mut optimizer, &mut position, lr)?;
+        model = updated;
+        wait(&chosen.device)?;
+        let ms = started.elapsed().as_secs_f64() * 1e3;
+        first_step.get_or_insert_with(|| bench.started.elapsed().as_secs_f64());
+        if iter >= bench.warmup {
+            samples.push(ms);
+            losses.extend(stepped.loss);
+            memory = memory.max(chosen.device.memory_pool_usage().map(|usage| usage.bytes_reserved));
+        }
+    }
+    let energy = meter.stop(bench.iters, config.tokens_per_iter());
+    let losses: Vec<f64> = read(Tensor::cat(losses, 0))?.into_iter().map(f64::from).collect();
+    if let Some(bad) = losses.iter().find(|loss| !loss.is_finite()) {
+        bail!(
+            "a loss is {bad}, so the times mean nothing; `gpt-wgpu doctor --device {}` looks for what is wrong",
+            chosen.backend
+        );
+    }
+
+    let (dtype, products) = products(chosen);
+    let shape = shape(config, &bench.gpt);
+    let mut report =
+        BenchReport::new(machine(), report_device(chosen), dtype, shape, bench.warmup, samples, Timer::Host);
+    let flops = bench.gpt.flops_per_token() * report.tokens_per_s;
+    let mfu = |peak: Peak| Mfu { fraction: flops / peak.per_second, peak_flops: peak.per_second, how: peak.how };
+    report.commit = option_env!("GPT_WGPU_COMMIT").map(String::from);
+    report.products = products;
+    report.kernels = Some(kernels(chosen));
+    report.mfu_measured = if bench.peak { Some(mfu(matrix(chosen)?)) } else { None };
+    report.mfu_published = published(&report.device.name, dtype).map(mfu);
+    report.time_to_first_step_s = first_step;
+    report.peak_memory_bytes = memory;
+    match energy {
+        Ok(energy) => report.energy = Some(energy),
+        Err(reason) => report.energy_reason = Some(reason),
+    }
+    let dataset = bench.data.map(|_| format!("tokens of {}", config.data.dataset));
+    report.data = Some(dataset.unwrap_or_else(|| "random tokens".into()));
+    report.losses = Some(losses);
+    Ok(report)
+}
+
+/// tokens and targets, each (B, T), of one micro-batch.
+fn tokens(bench: &Bench, position: u64, device: &burn::tensor::Device) -> Result<(Tensor<2, Int>, Tensor<2, Int>)> {
+    let (seed, batch_size, time) = (bench.config.train.seed, bench.config.data.batch_size, bench.gpt.block_size);
+    let batch = match bench.data {
+        Some(data) => data.batch(Split::Train, seed, position, batch_size, time)?,
+        None => {
+            let mut stream = rng::Stream::new(seed, rng::site::DATA_TRAIN);
+            let vocabulary = bench.gpt.vocab_size as u64;
+            let count = batch_size * time;
+            stream.seek(position * 4 * count as u64); // two words a token, of x and of y
+            let mut draw =
+                || (0..count).map(|_| rng::uniform_u64(stream.next_u64(), vocabulary) as i32).collect::<Vec<_>>();
+            Batch { x: draw(), y: draw() }
+        }
+    };
+    Ok(train::upload(&batch, batch_size, device))
+}
+
+/// The element type of the matrix products, and what it leaves out.
+fn products(chosen: &Chosen) -> (Dtype, Option<String>) {
+    let halves = |variant: &Variant| matches!(variant, Variant::Coop { f16: true, .. });
+    let supported = kernel::supported(&chosen.capabilities, false);
+    let coop = supported.iter().find(|variant| matches!(variant, Variant::Coop { .. }));
+    if kernel::choice() == Kernels::Coop && coop.is_some_and(halves) {
+        let words = "f16 inputs and f32 sums where there are kernels on matrix units, else f32; f32 weights";
+        return (Dtype::Fp16, Some(words.into()));
+    }
+    (Dtype::Fp32, None)
+}
+
+fn kernels(chosen: &Chosen) -> String {
+    match chosen.adapter {
+        Some(_) => kernel::describe(&chosen.capabilities),
+        None => "Burn's Flex backend".into(),
+    }
+}
+
+/// This computer.
+pub fn machine() -> Machine {
+    use sysinfo::System;
+    Machine {
+        os: System::long_os_version().unwrap_or_else(|_| std::env::consts::OS.into()),
+        arch: System::cpu_arch(),
+        cpu: device::cpu_name(),
+        threads: std::thread::available_parallelism().map_or(1, |threads| threads.get()),
+    }
+}
+
+fn report_device(chosen: &Chosen) -> Device {
+    let backend = match chosen.backend {
+        "metal" => Backend::Metal,
+        "vulkan" => Backend::Vulkan,
+        "dx12" => Backend::Dx12,
+        "gl" => Backend::Gl,
+        _ => Backend::Cpu,
+    };
+    match &chosen.adapter {
+        Some(adapter) => Device {
+            backend,
+            name: adapter.name.clone(),
+            driver: Some(adapter.driver.clone()).filter(|driver| !driver.is_empty()),
+            memory_bytes: adapter.memory_bytes,
+        },
+        None => Device { backend, name: device::cpu_name(), driver: None, memory_bytes: None },
+    }
+}
+
+fn shape(config: &Config, gpt: &GptConfig) -> BenchConfig {
+    BenchConfig {
+        n_layer: gpt.n_layer,
+        n_head: gpt.n_head,
+        n_embd: gpt.n_embd,
+        block_size: gpt.block_size,
+        vocab_size: gpt.vocab_size,
+        dropout: config.model.dropout,
+        bias: gpt.bias,
+        gelu: match gpt.gelu {
+            Gelu::Erf => "erf".into(),
+            Gelu::Tanh => "tanh".into(),
+        },
+        batch_size: config.data.batch_size,
+        gradient_accumulation_steps: config.data.gradient_accumulation_steps,
+    }
+}

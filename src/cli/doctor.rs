@@ -1,0 +1,70 @@
+//! `gpt-wgpu doctor`: whether a device can be trusted to train.
+
+use std::io::Write;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use crate::device;
+use crate::doctor::{self, Check, Outcome};
+
+#[derive(Args)]
+pub struct DoctorArgs {
+    /// auto, cpu, metal, vulkan, dx12 or gl, with :N for the N-th adapter
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Names a check that is to see a wrong result: how a test sees that doctor notices one.
+const SPOIL: &str = "GPT_WGPU_DOCTOR_SPOIL";
+
+pub fn run(args: &DoctorArgs) -> Result<()> {
+    let chosen = device::choose(args.device.parse()?)?;
+    let spoil = std::env::var(SPOIL).ok();
+    let mut stdout = std::io::stdout(); // a closed pipe (`| head`) is no error
+    if !args.json {
+        let version = env!("CARGO_PKG_VERSION");
+        let _ = writeln!(stdout, "gpt-wgpu {version} on {} {}", std::env::consts::OS, std::env::consts::ARCH);
+        let _ = writeln!(stdout, "{chosen}");
+    }
+    let checks = doctor::examine(&chosen, spoil.as_deref(), |check| {
+        if !args.json {
+            let _ = write!(stdout, "{}", line(check));
+        }
+    });
+    let bad: Vec<&str> = checks.iter().filter(|c| c.outcome == Outcome::Bad).map(|c| c.name.as_str()).collect();
+    if args.json {
+        let json = serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "os": std::env::consts::OS,
+            "arch": std::env::consts::ARCH,
+            "device": chosen.backend,
+            "name": chosen.name,
+            "adapter": chosen.adapter,
+            "healthy": bad.is_empty(),
+            "checks": checks,
+        });
+        println!("{}", serde_json::to_string_pretty(&json)?);
+    }
+    if !bad.is_empty() {
+        bail!("{} of {} checks failed: {}", bad.len(), checks.len(), bad.join("; "));
+    }
+    if !args.json {
+        let _ = writeln!(stdout, "all {} checks passed", checks.len());
+    }
+    Ok(())
+}
+
+/// One check for a terminal, with what to do where it is not good.
+fn line(check: &Check) -> String {
+    let outcome = match check.outcome {
+        Outcome::Good => "ok",
+        Outcome::Note => "note",
+        Outcome::Bad => "FAIL",
+    };
+    let remedy = check.remedy.map(|remedy| format!("      to do: {remedy}\n")).unwrap_or_default();
+    format!("{outcome:<5} {:<24} {}\n{remedy}", check.name, check.detail)
+}

@@ -155,10 +155,9 @@ fn main(
         }
         long_rows = bits;
     }
-    let rows_left = workgroupUniformLoad(&long_rows);
-    for (var i = 0u; i < PARTS; i++) {
-        if (((rows_left >> i) & 1u) == 1u) {
-            sum_together(first_row + i, thread, lane, is_inside);
-        }
+    var rows_left = workgroupUniformLoad(&long_rows);
+    while (rows_left != 0u) {
+        sum_together(first_row + firstTrailingBit(rows_left), thread, lane, is_inside);
+        rows_left &= rows_left - 1u;
     }
 }

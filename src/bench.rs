@@ -22,6 +22,7 @@ use crate::kernel::{self, Kernels, Variant};
 use crate::model::{Gpt, GptConfig};
 use crate::ops::linear::Gelu;
 use crate::optim::{self, Optimizer};
+use crate::profile::{self, Profile};
 use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, Mfu, Timer};
 use crate::rng;
 use crate::train::{self, Step};
@@ -42,6 +43,8 @@ pub struct Bench<'a> {
     pub iters: usize,
     /// Whether to measure the device's matrix peak too.
     pub peak: bool,
+    /// Whether to take one more step apart by kernel.
+    pub ops: bool,
     /// When the program started.
     pub started: Instant,
 }
@@ -53,7 +56,7 @@ const BATCHES: u64 = 8;
 ///
 /// # Errors
 /// When the data is bad, the device fails, or a loss is no number: times of wrong work mean nothing.
-pub fn run(bench: &Bench) -> Result<BenchReport> {
+pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     let Bench { config, chosen, .. } = bench;
     let device = chosen.device.clone().autodiff();
     let batches = (0..BATCHES).map(|position| tokens(bench, position, &device)).collect::<Result<Vec<_>>>()?;
@@ -99,7 +102,21 @@ pub fn run(bench: &Bench) -> Result<BenchReport> {
     report.commit = option_env!("GPT_WGPU_COMMIT").map(String::from);
     report.products = products;
     report.kernels = Some(kernels(chosen));
-    report.mfu_measured = if bench.peak { Some(mfu(matrix(chosen)?)) } else { None };
+    let peak = if bench.peak { Some(matrix(chosen)?) } else { None };
+    let profile = if bench.ops && chosen.adapter.is_some() {
+        let peaks = match &peak {
+            Some(peak) => Some((peak.per_second, bandwidth(chosen)?.per_second)),
+            None => None,
+        };
+        let lr = optim::learning_rate(&config.optim, 0);
+        let (stepped, profile) =
+            profile::of(report.median_ms, peaks, || step.run(model, &mut optimizer, &mut position, lr));
+        stepped?;
+        Some(profile)
+    } else {
+        None
+    };
+    report.mfu_measured = peak.map(mfu);
     report.mfu_published = published(&report.device.name, dtype).map(mfu);
     report.time_to_first_step_s = first_step;
     report.peak_memory_bytes = memory;
@@ -110,7 +127,7 @@ pub fn run(bench: &Bench) -> Result<BenchReport> {
     let dataset = bench.data.map(|_| format!("tokens of {}", config.data.dataset));
     report.data = Some(dataset.unwrap_or_else(|| "random tokens".into()));
     report.losses = Some(losses);
-    Ok(report)
+    Ok((report, profile))
 }
 
 /// tokens and targets, each (B, T), of one micro-batch.

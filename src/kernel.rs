@@ -18,6 +18,8 @@ use cubecl::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::profile;
+
 /// The text of a kernel and the size of its workgroup. The entry point is `main`.
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -25,19 +27,63 @@ pub struct Kernel {
     header: String,
     files: Vec<&'static str>,
     workgroup: (u32, u32, u32),
+    /// Whether the device's shaders have 64-bit integers; known at the launch.
+    int64: bool,
+    /// What the launch computes, for profiles.
+    work: Work,
 }
+
+/// What a launch computes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    /// Floating-point operations of its products, 0 where memory is what counts.
+    pub flops: f64,
+    /// Rows, columns and depth of a product.
+    pub sizes: Option<[usize; 3]>,
+}
+
+/// The random generator, which is written over a multiplication that devices have or have not.
+pub const PHILOX: &str = include_str!("../wgsl/philox.wgsl");
 
 impl Kernel {
     /// `name` must be unique for `files`; `header` is prepended to them.
     pub fn new(name: &'static str, header: String, files: Vec<&'static str>, workgroup: (u32, u32, u32)) -> Self {
-        Self { name, header, files, workgroup }
+        Self { name, header, files, workgroup, int64: false, work: Work::default() }
+    }
+
+    /// The same kernel for a device whose shaders have, or have not, 64-bit integers.
+    pub fn with_int64(self, int64: bool) -> Self {
+        Self { int64, ..self }
+    }
+
+    /// The same kernel with what its launch computes.
+    pub fn with_work(self, work: Work) -> Self {
+        Self { work, ..self }
+    }
+
+    /// The name that it was made with.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Threads of a workgroup.
+    pub fn workgroup(&self) -> (u32, u32, u32) {
+        self.workgroup
     }
 
     /// The whole WGSL text that is compiled.
     pub fn text(&self) -> String {
         let mut text = self.header.clone();
-        for file in &self.files {
+        for &file in &self.files {
             text.push('\n');
+            if file == PHILOX {
+                text.push_str(if self.int64 {
+                    include_str!("../wgsl/multiply_high_u64.wgsl")
+                } else {
+                    include_str!("../wgsl/multiply_high_u32.wgsl")
+                });
+                text.push('\n');
+            }
             text.push_str(file);
         }
         text
@@ -62,10 +108,18 @@ impl Kernel {
     ///
     /// The caller guarantees what the kernel's file states of its bindings: CubeCL's WGSL path checks no bounds.
     pub fn launch(self, grid: (u32, u32, u32), tensors: &[&CubeTensor], params: &[u32]) {
+        let client = &tensors[0].client;
+        let kernel = Self { int64: with_capabilities(tensors[0], |device| device.int64), ..self };
         let buffers = tensors.iter().map(|t| t.handle.clone().binding()).collect();
         let mut arguments = KernelArguments::new().with_buffers(buffers);
         arguments.info = MetadataBindingInfo::custom(pack(params));
-        tensors[0].client.launch(Box::new(self), CubeCount::Static(grid.0, grid.1, grid.2), arguments);
+        let launch = |kernel| client.launch(Box::new(kernel), CubeCount::Static(grid.0, grid.1, grid.2), arguments);
+        if profile::is_on() {
+            let bytes = tensors.iter().map(|t| t.meta.shape().num_elements() * t.dtype.size()).sum();
+            profile::record(client, kernel.name, kernel.work, bytes, || launch(kernel));
+        } else {
+            launch(kernel);
+        }
     }
 }
 
@@ -88,6 +142,8 @@ pub struct Capabilities {
     pub matrices: Vec<(u32, bool)>,
     /// Whether shaders have f16.
     pub f16: bool,
+    /// Whether shaders have 64-bit integers.
+    pub int64: bool,
 }
 
 /// Which kernels the user wants.
@@ -179,7 +235,7 @@ pub fn variant(tensor: &CubeTensor) -> Option<Variant> {
         DType::F32 => false,
         _ => return None,
     };
-    pick(choice(), &supported(&capabilities(tensor), f16), f16)
+    with_capabilities(tensor, |device| pick(choice(), &supported(device, f16), f16))
 }
 
 /// What will run on a device with these capabilities, for the line at start-up.
@@ -199,9 +255,16 @@ pub fn register(device: CubeDevice, capabilities: Capabilities) {
 
 /// The capabilities of a tensor's device; nothing special where it was opened by other means than [`crate::device`].
 pub fn capabilities(tensor: &CubeTensor) -> Capabilities {
+    with_capabilities(tensor, Capabilities::clone)
+}
+
+/// What `look` sees in the capabilities of a tensor's device, without a copy of them: every launch asks.
+fn with_capabilities<T>(tensor: &CubeTensor, look: impl FnOnce(&Capabilities) -> T) -> T {
     let devices = DEVICES.read().unwrap_or_else(PoisonError::into_inner);
-    let known = devices.iter().find(|(device, _)| *device == tensor.device);
-    known.map(|(_, capabilities)| capabilities.clone()).unwrap_or_default()
+    match devices.iter().find(|(device, _)| *device == tensor.device) {
+        Some((_, capabilities)) => look(capabilities),
+        None => look(&Capabilities::default()),
+    }
 }
 
 /// Chooses the kernels of this process.
@@ -225,10 +288,11 @@ impl KernelMetadata for Kernel {
     fn id(&self) -> KernelId {
         // The mode that counts is the identity's, and it defaults to Checked: bounded loops, which no compiler unrolls. The
         // cooperative attention kernels are three times slower that way.
-        KernelId::new::<Self>()
-            .cube_dim(self.workgroup.into())
-            .mode(ExecutionMode::Unchecked)
-            .info((self.name, self.header.clone()))
+        KernelId::new::<Self>().cube_dim(self.workgroup.into()).mode(ExecutionMode::Unchecked).info((
+            self.name,
+            self.header.clone(),
+            self.int64,
+        ))
     }
 
     fn address_type(&self) -> cubecl::ir::ElemType {

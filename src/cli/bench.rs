@@ -33,6 +33,9 @@ pub struct BenchArgs {
     /// Leave out the device's matrix peak, and so the fraction of it that training reaches
     #[arg(long)]
     no_peak: bool,
+    /// Take one more step apart: launches, time and rate of every kernel
+    #[arg(long)]
+    ops: bool,
     #[command(flatten)]
     flags: Config,
 }
@@ -58,6 +61,7 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
         ensure!(folder.is_dir(), "--json: there is no folder {}", folder.display());
     }
     let chosen = device::choose(config.train.device.parse()?)?;
+    ensure!(!args.ops || chosen.adapter.is_some(), "--ops takes kernels of a GPU apart; the CPU has none of ours");
     kernel::choose(config.train.kernels);
     let mut stdout = std::io::stdout(); // a closed pipe (`| head`) is no error
     let _ = writeln!(stdout, "{chosen}");
@@ -66,7 +70,7 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
     }
     let data = dataset(&config)?;
     let gpt = config.gpt(data.as_ref().map_or_else(|| vocabulary(&config), |data| Ok(data.vocab_size()))?);
-    let report = bench::run(&Bench {
+    let (report, profile) = bench::run(&Bench {
         config: &config,
         gpt,
         chosen: &chosen,
@@ -74,9 +78,13 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
         warmup: args.warmup,
         iters: args.iters,
         peak: !args.no_peak,
+        ops: args.ops,
         started,
     })?;
     let _ = write!(stdout, "{}", summary(&report));
+    if let Some(profile) = profile {
+        let _ = writeln!(stdout, "\n{profile}");
+    }
     if let Some(path) = &args.json {
         report.write(path)?;
     }

@@ -32,6 +32,9 @@ pub struct TrainArgs {
     /// Print nothing but errors
     #[arg(long, short)]
     quiet: bool,
+    /// Take iteration 10 apart: launches, time and rate of every kernel (`bench --ops` gives the device's peaks beside it)
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     flags: Config,
 }
@@ -88,6 +91,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
             tokenizer: Some(dir.join(checkpoint::META)),
             start: start.unwrap_or(Start::Scratch(gpt)),
             quiet: args.quiet,
+            profile: args.profile,
             stop: stop_flag()?,
         },
     )?;

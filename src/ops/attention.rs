@@ -19,7 +19,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use self::tiles::{HEAD_DIMS, Pass, Variant};
 use super::dropout::{Dropout, DropoutOps};
-use crate::kernel::{self, fold};
+use crate::kernel::{self, Work, fold};
 
 /// Added to the scores of the future. Finite: Metal compiles with fast math, under which infinities are not to be relied on.
 const MASKED: f32 = -1e30;
@@ -194,7 +194,10 @@ pub fn launch(
     let f16 = qkv.dtype == DType::F16;
     let (kernel, rows) = tiles::kernel(pass, variant, width / 3 / n_head, f16, dropout.is_on());
     let groups = batch * n_head * time.div_ceil(rows as usize);
-    kernel.launch(fold(groups as u32), tensors, &params(qkv, n_head, dropout));
+    // Two products of the lower triangle forward; backward makes five, of which dQ and dK/dV share S and dP.
+    let products = if pass == Pass::Forward { 2.0 } else { 2.5 };
+    let flops = products * (batch * width / 3) as f64 * (time as f64).powi(2);
+    kernel.with_work(Work { flops, sizes: None }).launch(fold(groups as u32), tensors, &params(qkv, n_head, dropout));
 }
 
 /// Queues delta = rowsum(dout · out) over [dout, out, delta].

@@ -15,7 +15,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::dropout::{Dropout, DropoutOps};
 use crate::kernel::lanes::{Lanes, serves};
-use crate::kernel::{Kernel, empty, fold};
+use crate::kernel::{Kernel, PHILOX, empty, fold};
 
 /// `x[b, t] = dropout(wte[token[b, t]] + wpe[t])`
 #[backend_extension(Cube, Flex, Autodiff)]
@@ -113,14 +113,14 @@ fn is_served(activation: &CubeTensor, tokens: &CubeTensor, vocab: usize) -> bool
 }
 
 fn forward_kernel(lanes: Lanes, f16: bool, dropout: bool) -> Kernel {
-    let files = [include_str!("../../wgsl/philox.wgsl"), include_str!("../../wgsl/embedding_forward.wgsl")];
+    let files = [PHILOX, include_str!("../../wgsl/embedding_forward.wgsl")];
     lanes.kernel("embedding_forward", f16, &format!("const DROPOUT: bool = {dropout};\n"), &files, 256)
 }
 
 /// `rows`: the rows of wte and wpe that a workgroup makes, 1 or 16.
 fn backward_kernel(lanes: Lanes, f16: bool, dropout: bool, rows: usize) -> Kernel {
     let constants = format!("const DROPOUT: bool = {dropout};\nconst ROWS: u32 = {rows}u;\n");
-    let files = [include_str!("../../wgsl/philox.wgsl"), include_str!("../../wgsl/embedding_backward.wgsl")];
+    let files = [PHILOX, include_str!("../../wgsl/embedding_backward.wgsl")];
     lanes.kernel("embedding_backward", f16, &constants, &files, 256)
 }
 

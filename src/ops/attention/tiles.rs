@@ -3,7 +3,7 @@
 //! Every row was measured on an NVIDIA H200 against its neighbours (docs/measurements/attention-h200.md); the rows for edge 8
 //! are a start, not measured on any Mac. Small tiles win: 16 keys a tile beat 32, and less workgroup memory beats more.
 
-use crate::kernel::{Kernel, SUBGROUP_SIZE};
+use crate::kernel::{Kernel, PHILOX, SUBGROUP_SIZE};
 pub use crate::kernel::{Variant, supported};
 
 /// Head dimensions that the kernels exist for; others take the composed version.
@@ -96,7 +96,7 @@ pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, 
     let elem = if f16_storage { "f16" } else { "f32" };
     let common =
         format!("alias elem = {elem};\nconst DROPOUT: bool = {dropout};\nconst HEAD_DIM: u32 = {head_dim}u;\n");
-    let philox = include_str!("../../../wgsl/philox.wgsl");
+    let philox = PHILOX;
     // The names of the two tile sizes depend on which side a workgroup owns.
     let (own_name, other_name) = if pass == Pass::Dkv { ("BLOCK_K", "BLOCK_Q") } else { ("BLOCK_Q", "BLOCK_K") };
     match variant {

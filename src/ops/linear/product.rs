@@ -4,7 +4,7 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
 use super::tiles::{self, Epilogue, Layout, Spec};
-use crate::kernel::{self, Kernel, Variant, fold};
+use crate::kernel::{self, Kernel, Variant, Work, fold};
 use crate::ops::dropout::Dropout;
 
 /// Workgroups that a large GPU wants at least: a tall K is split until there are as many. Two for each of an H200's 132
@@ -110,7 +110,8 @@ impl<'a> Product<'a> {
         tensors.extend(self.bias);
         tensors.extend(self.extra);
         let groups = tile.blocks(m, n) * k.div_ceil(k_split.max(1)).max(1);
-        tiles::kernel(&spec).launch(fold(groups as u32), &tensors, &params);
+        let work = Work { flops: 2.0 * (m * n) as f64 * k as f64, sizes: Some([m, n, k]) };
+        tiles::kernel(&spec).with_work(work).launch(fold(groups as u32), &tensors, &params);
     }
 }
 

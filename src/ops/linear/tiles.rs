@@ -1,6 +1,6 @@
 //! Which matrix-product kernel runs with which tiles: tables of data, and the headers made from them.
 
-use crate::kernel::{Kernel, SUBGROUP_SIZE, Variant};
+use crate::kernel::{Kernel, PHILOX, SUBGROUP_SIZE, Variant};
 
 /// How the two factors of out (M, N) = A (M, K) · B (K, N) are stored; every matrix is row-major.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -142,7 +142,7 @@ pub fn kernel(spec: &Spec) -> Kernel {
     );
     let mut files = match epilogue {
         Epilogue::Gelu { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
-        Epilogue::Residual { .. } => vec![include_str!("../../../wgsl/philox.wgsl")],
+        Epilogue::Residual { .. } => vec![PHILOX],
         Epilogue::Plain => vec![],
     };
     files.extend([

@@ -11,20 +11,26 @@
 struct Params {
     rows: u32,
     vocab: u32,
-    stride: u32,    // elements from row to row of the logits, at least vocab
+    stride: u32,    // elements from row to row of the logits, a multiple of four, at least vocab
     first_row: u32, // of the logits, among all rows
 }
 
 const THREADS: u32 = 256u;
 
-@group(0) @binding(0) var<storage, read_write> logits: array<f32>;
+@group(0) @binding(0) var<storage, read_write> logits: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read_write> targets: array<i32>;
 @group(0) @binding(2) var<storage, read_write> losses: array<f32>;
 @group(0) @binding(3) var<storage, read_write> count: array<f32>;
 @group(0) @binding(4) var<uniform> params: Params;
 
+const MASKED: f32 = -1e30; // finite: fast math may assume that no infinity exists
+
 var<workgroup> shared_maximum: array<f32, THREADS>;
 var<workgroup> shared_sum: array<f32, THREADS>;
+
+fn columns_of(quad: u32) -> vec4<u32> {
+    return 4u * quad + vec4<u32>(0u, 1u, 2u, 3u);
+}
 
 @compute @workgroup_size(THREADS)
 fn main(
@@ -36,15 +42,16 @@ fn main(
     if (row >= params.rows) {
         return; // the whole workgroup: the grid was folded
     }
-    let base = row * params.stride;
+    let quads = params.stride / 4u;
+    let base = row * quads;
 
     // Each thread's maximum, and its sum relative to that, in one pass.
-    var maximum = -1e30; // finite: fast math may assume that no infinity exists
+    var maximum = MASKED;
     var sum = 0.0;
-    for (var column = thread; column < params.vocab; column += THREADS) {
-        let logit = logits[base + column];
-        let larger = max(maximum, logit);
-        sum = sum * exp(maximum - larger) + exp(logit - larger);
+    for (var quad = thread; quad < quads; quad += THREADS) {
+        let values = select(vec4<f32>(MASKED), logits[base + quad], columns_of(quad) < vec4<u32>(params.vocab));
+        let larger = max(maximum, max(max(values.x, values.y), max(values.z, values.w)));
+        sum = sum * exp(maximum - larger) + dot(exp(values - larger), vec4<f32>(1.0));
         maximum = larger;
     }
     shared_maximum[thread] = maximum;
@@ -64,27 +71,23 @@ fn main(
     let row_maximum = shared_maximum[0];
     let row_sum = shared_sum[0];
 
-    let target_index = targets[params.first_row + row];
-    let counts = target_index >= 0;
+    let target_column = targets[params.first_row + row];
+    let counts = target_column >= 0;
     if (thread == 0u) {
         var loss = 0.0;
         if (counts) {
-            loss = row_maximum + log(row_sum) - logits[base + u32(target_index)];
+            loss = row_maximum + log(row_sum) - logits[base + u32(target_column) / 4u][u32(target_column) % 4u];
         }
         losses[params.first_row + row] = loss;
     }
     if (GRADIENT) {
         storageBarrier(); // thread 0 has read the target's logit before anyone replaces it
         let weight = select(0.0, 1.0 / count[0], counts);
-        for (var column = thread; column < params.stride; column += THREADS) {
-            var gradient = 0.0;
-            if (column < params.vocab) {
-                gradient = weight * exp(logits[base + column] - row_maximum) / row_sum;
-                if (i32(column) == target_index) {
-                    gradient -= weight;
-                }
-            }
-            logits[base + column] = gradient;
+        for (var quad = thread; quad < quads; quad += THREADS) {
+            let columns = columns_of(quad);
+            let softmax = exp(logits[base + quad] - row_maximum) / row_sum;
+            let gradient = softmax - select(vec4<f32>(), vec4<f32>(1.0), columns == vec4<u32>(u32(target_column)));
+            logits[base + quad] = select(vec4<f32>(), weight * gradient, columns < vec4<u32>(params.vocab));
         }
     }
 }

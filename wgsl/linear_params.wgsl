@@ -2,8 +2,8 @@
 //
 //     out (M, N) = epilogue(A (M, K) B (K, N)), every matrix row-major
 //
-// Expects from the header: BLOCK_M, BLOCK_N (rows and columns of out that a workgroup computes); M_EDGE, N_EDGE, K_EDGE
-// (bool: whether M, N and K, or a part of it, are no multiples of the block's); PARAMS, the binding.
+// Expects from the header: BLOCK_M, BLOCK_N (rows and columns of out that a workgroup computes); RAGGED
+// (bool: whether M, N or K, or a part of it, is no multiple of the block's); PARAMS, the binding.
 
 struct Params {
     m: u32,
@@ -68,10 +68,10 @@ fn place_of(index: u32) -> Place {
     );
 }
 
-// A row, or the first of four columns, that exists; the identity where there is no edge.
-fn row_of_m(m: u32) -> u32 { return select(m, min(m, params.m - 1u), M_EDGE); }
-fn row_of_n(n: u32) -> u32 { return select(n, min(n, params.n - 1u), N_EDGE); }
-fn row_of_k(k: u32) -> u32 { return select(k, min(k, params.k - 1u), K_EDGE); }
-fn quad_of_m(m: u32) -> u32 { return select(m, min(m, (params.m - 1u) / 4u * 4u), M_EDGE); }
-fn quad_of_n(n: u32) -> u32 { return select(n, min(n, (params.n - 1u) / 4u * 4u), N_EDGE); }
-fn quad_of_k(k: u32) -> u32 { return select(k, min(k, (params.k - 1u) / 4u * 4u), K_EDGE); }
+// A row, or the first of four columns, that exists; the identity where nothing is ragged.
+fn row_of_m(m: u32) -> u32 { return select(m, min(m, params.m - 1u), RAGGED); }
+fn row_of_n(n: u32) -> u32 { return select(n, min(n, params.n - 1u), RAGGED); }
+fn row_of_k(k: u32) -> u32 { return select(k, min(k, params.k - 1u), RAGGED); }
+fn quad_of_m(m: u32) -> u32 { return select(m, min(m, (params.m - 1u) / 4u * 4u), RAGGED); }
+fn quad_of_n(n: u32) -> u32 { return select(n, min(n, (params.n - 1u) / 4u * 4u), RAGGED); }
+fn quad_of_k(k: u32) -> u32 { return select(k, min(k, (params.k - 1u) / 4u * 4u), RAGGED); }

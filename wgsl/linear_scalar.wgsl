@@ -14,7 +14,7 @@
 //     BLOCK_N     4 or 8 * THREAD_COLS
 //     BLOCK_K     a multiple of 4; at most 8 quads of A and of B a thread
 //     A_BY_K, B_BY_N   bool: A is stored (K, M), else (M, K); B is stored (N, K), else (K, N)
-//     M_EDGE, N_EDGE, K_EDGE   bool: whether M, N, K (or a part of it) are no multiples of BLOCK_M, BLOCK_N, BLOCK_K
+//     RAGGED      bool: whether M, N or K (or a part of it) is no multiple of BLOCK_M, BLOCK_N, BLOCK_K
 // Workgroup: THREADS = THREAD_ROWS * THREAD_COLS.
 // Grid: splits * ceil(M / BLOCK_M) * ceil(N / BLOCK_N) workgroups, folded into (x, y) when over 65535.
 
@@ -31,13 +31,20 @@ const A_STEPS: u32 = BLOCK_M * BLOCK_K / 4u / THREADS;
 const B_STEPS: u32 = BLOCK_N * BLOCK_K / 4u / THREADS;
 const N_QUADS: u32 = BLOCK_N / 4u;
 
+// Indices that are constants even where a configuration has fewer
+const R4: u32 = min(4u, ROWS - 1u);
+const R5: u32 = min(5u, ROWS - 1u);
+const R6: u32 = min(6u, ROWS - 1u);
+const R7: u32 = min(7u, ROWS - 1u);
+
 var<workgroup> tile_a: array<vec4<f32>, select(BLOCK_M, BLOCK_K, A_BY_K) * A_PITCH>;
 // Stored (N, K), columns lie permuted: column 4 q + j at row j * N_QUADS + q. Neighbouring threads own neighbouring quads
 // of columns and still read neighbouring rows.
 var<workgroup> tile_b: array<vec4<f32>, select(BLOCK_K, BLOCK_N, B_BY_N) * B_PITCH>;
 
-// What a thread holds. Loops over these arrays are at most four steps long: NVIDIA's compiler does not unroll longer
-// ones, and an array that it cannot index by constants leaves the registers.
+// What a thread holds. Loops over these arrays are at most four steps long and short of text, or written out as calls:
+// NVIDIA's compiler does not unroll others, and an array that it cannot index by constants leaves the registers (measured:
+// four times slower, for a loop around the epilogue with dropout alone).
 var<private> sums: array<vec4<f32>, ROWS * COL_QUADS>;
 var<private> next_a: array<vec4<f32>, A_STEPS>;
 var<private> next_b: array<vec4<f32>, B_STEPS>;
@@ -52,13 +59,13 @@ fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
     if (A_BY_K) {
         let k = first_k + row;
         next_a[i] = vec4<f32>(load_a(row_of_k(k) * params.a_stride + quad_of_m(place.first_row + col)));
-        if (K_EDGE) {
+        if (RAGGED) {
             next_a[i] = select(vec4<f32>(), next_a[i], vec4<bool>(k < place.end_k));
         }
     } else {
         let k = first_k + col;
         next_a[i] = vec4<f32>(load_a(row_of_m(place.first_row + row) * params.a_stride + quad_of_k(k)));
-        if (K_EDGE) {
+        if (RAGGED) {
             next_a[i] = select(vec4<f32>(), next_a[i], k + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(place.end_k));
         }
     }
@@ -70,7 +77,7 @@ fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
     let col = index % B_ROW_QUADS * 4u;
     if (B_BY_N) {
         next_b[i] = vec4<f32>(load_b(row_of_n(place.first_col + row) * params.b_stride + quad_of_k(first_k + col)));
-        if (K_EDGE) {
+        if (RAGGED) {
             let inside = first_k + col + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(params.k);
             next_b[i] = select(vec4<f32>(), next_b[i], inside);
         }
@@ -167,11 +174,14 @@ fn row_of(i: u32, thread_row: u32) -> u32 {
     return thread_row + i * THREAD_ROWS;
 }
 
+fn finish_quad(i: u32, j: u32, place: Place, thread_row: u32, thread_col: u32) {
+    let col = place.first_col + 4u * (thread_col + j * THREAD_COLS);
+    finish(place.out_row + row_of(i, thread_row), col, place.split, sums[i * COL_QUADS + j]);
+}
+
 fn finish_row(i: u32, place: Place, thread_row: u32, thread_col: u32) {
-    for (var j = 0u; j < COL_QUADS; j++) {
-        let col = place.first_col + 4u * (thread_col + j * THREAD_COLS);
-        finish(place.out_row + row_of(i, thread_row), col, place.split, sums[i * COL_QUADS + j]);
-    }
+    finish_quad(i, 0u, place, thread_row, thread_col);
+    if (COL_QUADS > 1u) { finish_quad(i, COL_QUADS - 1u, place, thread_row, thread_col); }
 }
 
 @compute @workgroup_size(THREADS)
@@ -200,6 +210,14 @@ fn main(
         }
     }
 
-    for (var i = 0u; i < 4u; i++) { finish_row(i, place, thread_row, thread_col); }
-    for (var i = 4u; i < ROWS; i++) { finish_row(i, place, thread_row, thread_col); }
+    finish_row(0u, place, thread_row, thread_col);
+    finish_row(1u, place, thread_row, thread_col);
+    finish_row(2u, place, thread_row, thread_col);
+    finish_row(3u, place, thread_row, thread_col);
+    if (ROWS > 4u) {
+        finish_row(R4, place, thread_row, thread_col);
+        finish_row(R5, place, thread_row, thread_col);
+        finish_row(R6, place, thread_row, thread_col);
+        finish_row(R7, place, thread_row, thread_col);
+    }
 }

@@ -216,7 +216,7 @@ fn fused(
             let strides = [stride, channels, channels];
             let scale = rows.next_power_of_two() as f32; // dlogits is about 1 / rows: see linear's gradient_scale
             let product = Product::plain(Layout::Nn, &logits, w, here, channels, vocab);
-            Product { strides, scale, ..product }.launch(variant, &rows_of(dx, channels, &range));
+            Product { strides, scale, ..product }.launch_tall(variant, &rows_of(dx, channels, &range), false);
             let product = Product::plain(Layout::Tn, &logits, &x, vocab, channels, here);
             Product { strides, scale, ..product }.launch_tall(variant, dw, start > 0);
         }

@@ -107,8 +107,12 @@ impl DropoutOps for CubeBackend {
         let columns = shape[shape.num_dims() - 1];
         let rows = shape.num_elements() / columns.max(1);
         let groups = (rows * columns.div_ceil(4)).div_ceil(256) as u32;
-        let files = vec![PHILOX, include_str!("../../wgsl/dropout.wgsl")];
-        let kernel = Kernel::new("dropout", String::new(), files, (256, 1, 1));
+        let (name, file) = if columns.is_multiple_of(4) {
+            ("dropout_quads", include_str!("../../wgsl/dropout_quads.wgsl"))
+        } else {
+            ("dropout", include_str!("../../wgsl/dropout.wgsl"))
+        };
+        let kernel = Kernel::new(name, String::new(), vec![PHILOX, file], (256, 1, 1));
         let mut params = vec![rows as u32, columns as u32];
         params.extend(dropout.params());
         kernel.launch(fold(groups), &[&x, &y], &params);

@@ -3,13 +3,12 @@
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::tiles::{self, Epilogue, Layout, Spec};
+use super::tiles::{self, Epilogue, Layout, PROCESSORS, Spec, Tile};
 use crate::kernel::{self, Kernel, Variant, Work, fold};
 use crate::ops::dropout::Dropout;
 
-/// Workgroups that a large GPU wants at least: a tall K is split until there are as many. Two for each of an H200's 132
-/// processors; a smaller GPU is full long before.
-const ENOUGH_GROUPS: usize = 264;
+/// Workgroups that a large GPU wants at least: a tall K is split until there are as many.
+const ENOUGH_GROUPS: usize = 2 * PROCESSORS;
 
 /// Least steps over K that are worth a workgroup of their own.
 const LEAST_STEPS: usize = 8;
@@ -61,7 +60,7 @@ impl<'a> Product<'a> {
     }
 
     /// Queues the product into `out` with K split over workgroups where M × N alone gives too few of them: a weight's
-    /// gradient. The parts are added in a fixed order. `accumulate` adds to what `out` (f32, without padding) holds.
+    /// gradient, or what comes back through a head. The parts are added in a fixed order. `accumulate` adds to what `out` (f32, without padding) holds.
     pub fn launch_tall(&self, variant: Variant, out: &CubeTensor, accumulate: bool) {
         let tile = tiles::choose(variant, self.m, self.n);
         let steps = self.k.div_ceil(tile.k as usize);
@@ -77,41 +76,105 @@ impl<'a> Product<'a> {
     }
 
     fn launch_split(&self, variant: Variant, k_split: usize, out: &CubeTensor) {
-        let Self { m, n, k, strides, .. } = *self;
-        if m * n == 0 {
-            return;
-        }
-        let tile = tiles::choose(variant, m, n);
         let f16 = |tensor: &CubeTensor| tensor.dtype == DType::F16;
-        let scaled = self.scale != 1.0 && variant.rounds_f32();
-        let scale = if scaled { self.scale } else { 1.0 };
-        let spec = Spec {
+        let plan = Plan {
             variant,
             layout: self.layout,
+            sizes: [self.m, self.n, self.k],
+            strides: self.strides,
+            k_split,
+            scale: self.scale,
             epilogue: self.epilogue,
             bias: self.bias.is_some(),
             f16: [f16(self.a), f16(self.b), f16(out)],
-            quads: strides.iter().all(|stride| stride % 4 == 0),
-            edges: [m % tile.m as usize != 0, n % tile.n as usize != 0, k % tile.k as usize != 0],
-            scaled,
+            dropout: self.dropout,
+        };
+        if self.m * self.n == 0 {
+            return;
+        }
+        let mut tensors = vec![self.a, self.b, out];
+        tensors.extend(self.bias);
+        tensors.extend(self.extra);
+        plan.kernel().launch(fold(plan.groups()), &tensors, &plan.params());
+    }
+}
+
+/// One launch, but for its buffers: A, B, out (splits, M, N), then the bias and the extra matrix where there are any.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// How the products are made.
+    pub variant: Variant,
+    /// How A and B are stored.
+    pub layout: Layout,
+    /// M, N and K.
+    pub sizes: [usize; 3],
+    /// Elements from row to row of A, B and out.
+    pub strides: [usize; 3],
+    /// What of K a workgroup sums: all of it, or a multiple of the tile's depth.
+    pub k_split: usize,
+    /// What A is multiplied by before it is rounded to f16.
+    pub scale: f32,
+    /// What follows the sums.
+    pub epilogue: Epilogue,
+    /// Whether there is a bias.
+    pub bias: bool,
+    /// Whether A, B and out are f16.
+    pub f16: [bool; 3],
+    /// The residual epilogue's dropout.
+    pub dropout: Dropout,
+}
+
+impl Plan {
+    fn tile(&self) -> Tile {
+        tiles::choose(self.variant, self.sizes[0], self.sizes[1])
+    }
+
+    fn is_scaled(&self) -> bool {
+        self.scale != 1.0 && self.variant.rounds_f32()
+    }
+
+    /// The kernel, with what it computes.
+    pub fn kernel(&self) -> Kernel {
+        let ([m, n, k], tile) = (self.sizes, self.tile());
+        let quads = self.strides.iter().all(|stride| stride % 4 == 0);
+        let fits = [(m, tile.m), (n, tile.n), (k, tile.k)].iter().all(|(size, tile)| size % *tile as usize == 0);
+        let spec = Spec {
+            variant: self.variant,
+            layout: self.layout,
+            epilogue: self.epilogue,
+            bias: self.bias,
+            f16: self.f16,
+            quads,
+            ragged: !quads || !fits,
+            scaled: self.is_scaled(),
             tile,
         };
+        let work = Work { flops: 2.0 * (m * n) as f64 * k as f64, sizes: Some(self.sizes) };
+        tiles::kernel(&spec).with_work(work)
+    }
+
+    /// Workgroups.
+    pub fn groups(&self) -> u32 {
+        let [m, n, k] = self.sizes;
+        (self.tile().blocks(m, n) * k.div_ceil(self.k_split.max(1)).max(1)) as u32
+    }
+
+    /// The words of linear_params.wgsl.
+    pub fn params(&self) -> Vec<u32> {
+        let ([m, n, k], strides) = (self.sizes, self.strides);
+        let scale = if self.is_scaled() { self.scale } else { 1.0 };
         let (a_rows, b_rows) = match self.layout {
             Layout::Nt => (m, n),
             Layout::Nn => (m, k),
             Layout::Tn => (k, k),
         };
-        let mut params = [m, n, k, k_split, strides[0], strides[1], strides[2]].map(|size| size as u32).to_vec();
-        params.extend([(a_rows * strides[0]) as u32 - 1, (b_rows * strides[1]) as u32 - 1]);
+        let sizes = [m, n, k, self.k_split, strides[0], strides[1], strides[2]];
+        let mut params = sizes.map(|size| size as u32).to_vec();
+        params.extend([a_rows * strides[0], b_rows * strides[1]].map(|elements| (elements as u32).saturating_sub(1)));
         params.extend([scale.to_bits(), scale.recip().to_bits()]);
         let [seed_lo, seed_hi, step, site, threshold, keep_scale] = self.dropout.params();
         params.extend([threshold, seed_lo, seed_hi, step, site, keep_scale, 0, 0, 0]);
-        let mut tensors = vec![self.a, self.b, out];
-        tensors.extend(self.bias);
-        tensors.extend(self.extra);
-        let groups = tile.blocks(m, n) * k.div_ceil(k_split.max(1)).max(1);
-        let work = Work { flops: 2.0 * (m * n) as f64 * k as f64, sizes: Some([m, n, k]) };
-        tiles::kernel(&spec).with_work(work).launch(fold(groups as u32), &tensors, &params);
+        params
     }
 }
 

@@ -1,6 +1,8 @@
 //! Which matrix-product kernel runs with which tiles: tables of data, and the headers made from them.
 
-use crate::kernel::{Kernel, PHILOX, SUBGROUP_SIZE, Variant};
+use std::collections::HashSet;
+
+use crate::kernel::{Capabilities, Kernel, PHILOX, SUBGROUP_SIZE, Variant, supported};
 
 /// How the two factors of out (M, N) = A (M, K) · B (K, N) are stored; every matrix is row-major.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,8 +47,8 @@ pub struct Spec {
     pub f16: [bool; 3],
     /// Whether every row of every matrix begins at a multiple of four elements.
     pub quads: bool,
-    /// Whether M, N and K (or a split of it) are no multiples of the tile's.
-    pub edges: [bool; 3],
+    /// Whether M, N or K (or a split of it) is no multiple of the tile's; always so without quads.
+    pub ragged: bool,
     /// Whether A is multiplied by a factor before it is rounded for the matrices.
     pub scaled: bool,
     /// The tile.
@@ -77,21 +79,73 @@ impl Tile {
     }
 }
 
+/// Processors of the largest GPU in mind, an H200. wgpu does not tell a device's; a smaller GPU only sees finer steps.
+pub const PROCESSORS: usize = 132;
+
+/// Edge 16's two large tiles, six or eight subgroups of 64 x 64: the best ratio of products to loads, 33 and 43 KB of
+/// workgroup memory, one workgroup a processor.
+const LARGE: [Tile; 2] = [tile(128, 256, 32, 2, 4), tile(128, 192, 32, 2, 3)];
+
 /// The tile for a product of this shape. Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
 pub fn choose(variant: Variant, m: usize, n: usize) -> Tile {
+    // The time of a tile: rounds of workgroups over the processors, times its size.
+    let cost = |tile: &Tile| tile.blocks(m, n).div_ceil(PROCESSORS) * (tile.m * tile.n) as usize;
     match variant {
         Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 32, 16, 16),
         Variant::Scalar => tile(64, 64, 32, 8, 8),
         Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2),
-        // Eight subgroups of 64 x 64 each: the best ratio of products to loads, 43 KB of workgroup memory.
-        Variant::Coop { .. } if m >= 128 && n >= 256 => tile(128, 256, 32, 2, 4),
+        Variant::Coop { .. } if m >= 128 && n >= 192 => {
+            let [wide, narrow] = LARGE;
+            if cost(&narrow) < cost(&wide) { narrow } else { wide }
+        }
         Variant::Coop { .. } => tile(64, 64, 32, 1, 2),
     }
 }
 
+/// Every kernel that a device with these capabilities can be given for f32 tensors.
+pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
+    let mut kernels = Vec::new();
+    for variant in supported(capabilities, false) {
+        // Every outcome of `choose`.
+        let tiles: HashSet<Tile> =
+            [(1, 1), (128, 128), (4096, 4096), (16384, 384)].map(|(m, n)| choose(variant, m, n)).into();
+        for tile in tiles {
+            for (quads, ragged) in [(true, false), (true, true), (false, true)] {
+                let plain = Spec {
+                    variant,
+                    layout: Layout::Nt,
+                    epilogue: Epilogue::Plain,
+                    bias: false,
+                    f16: [false; 3],
+                    quads,
+                    ragged,
+                    scaled: false,
+                    tile,
+                };
+                let forward = [
+                    Epilogue::Plain,
+                    Epilogue::Gelu { tanh: false },
+                    Epilogue::Gelu { tanh: true },
+                    Epilogue::Residual { dropout: false },
+                    Epilogue::Residual { dropout: true },
+                ];
+                for epilogue in forward {
+                    kernels.extend([false, true].map(|bias| kernel(&Spec { epilogue, bias, ..plain })));
+                }
+                // A gradient of few rows is brought into f16's range by 1.
+                for layout in [Layout::Nn, Layout::Tn] {
+                    kernels.push(kernel(&Spec { layout, ..plain }));
+                    kernels.extend(variant.rounds_f32().then(|| kernel(&Spec { layout, scaled: true, ..plain })));
+                }
+            }
+        }
+    }
+    kernels
+}
+
 /// The kernel of `spec`.
 pub fn kernel(spec: &Spec) -> Kernel {
-    let Spec { variant, layout, epilogue, bias, f16, quads, edges, scaled, tile } = *spec;
+    let Spec { variant, layout, epilogue, bias, f16, quads, ragged, scaled, tile } = *spec;
     let elem = |f16: bool| if f16 { "f16" } else { "f32" };
     let (kind, detail) = match epilogue {
         Epilogue::Plain => ("plain", String::new()),
@@ -125,7 +179,7 @@ pub fn kernel(spec: &Spec) -> Kernel {
         "alias a_elem = {};\nalias b_elem = {};\nalias out_elem = {};\n\
          const BLOCK_M: u32 = {}u;\nconst BLOCK_N: u32 = {}u;\nconst BLOCK_K: u32 = {}u;\n\
          const A_BY_K: bool = {};\nconst B_BY_N: bool = {};\n\
-         const M_EDGE: bool = {};\nconst N_EDGE: bool = {};\nconst K_EDGE: bool = {};\n\
+         const RAGGED: bool = {ragged};\n\
          const BIAS_BINDING: u32 = 3u;\nconst EXTRA: u32 = {extra}u;\nconst PARAMS: u32 = {params}u;\n\
          // {kind}, {access}, bias: {bias}\n{detail}",
         elem(f16[0]),
@@ -136,9 +190,6 @@ pub fn kernel(spec: &Spec) -> Kernel {
         tile.k,
         layout == Layout::Tn,
         layout == Layout::Nt,
-        edges[0],
-        edges[1],
-        edges[2],
     );
     let mut files = match epilogue {
         Epilogue::Gelu { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
@@ -185,44 +236,20 @@ pub fn kernel(spec: &Spec) -> Kernel {
 mod tests {
     use super::*;
 
-    /// Every tile of the table with every layout, epilogue, access and edge is valid WGSL, and keeps Metal's 32 KiB where
-    /// Metal can reach it; elsewhere 48 KiB, what NVIDIA's Vulkan has.
+    /// Every kernel of the table is valid WGSL, and keeps Metal's 32 KiB where Metal can reach it; elsewhere 48 KiB, what
+    /// NVIDIA's Vulkan has.
     #[test]
     fn every_row_of_the_table_is_valid_and_fits() {
-        let variants = [
-            Variant::Scalar,
-            Variant::Coop { edge: 16, f16: true },
-            Variant::Coop { edge: 8, f16: true },
-            Variant::Coop { edge: 8, f16: false },
-        ];
-        let epilogues = [
-            Epilogue::Plain,
-            Epilogue::Gelu { tanh: false },
-            Epilogue::Gelu { tanh: true },
-            Epilogue::Residual { dropout: true },
-        ];
-        let sizes = [(1, 1), (128, 128), (4096, 4096)];
-        for (variant, (m, n)) in variants.into_iter().flat_map(|v| sizes.map(|size| (v, size))) {
-            let limit = if variant == (Variant::Coop { edge: 16, f16: true }) { 48 << 10 } else { 32 << 10 };
-            for layout in [Layout::Nt, Layout::Nn, Layout::Tn] {
-                for epilogue in epilogues {
-                    for flag in [false, true] {
-                        let spec = Spec {
-                            variant,
-                            layout,
-                            epilogue,
-                            bias: flag,
-                            f16: [flag && variant != Variant::Coop { edge: 8, f16: false }; 3],
-                            quads: !flag,
-                            edges: [flag; 3],
-                            scaled: flag,
-                            tile: choose(variant, m, n),
-                        };
-                        let bytes =
-                            kernel(&spec).workgroup_memory().unwrap_or_else(|error| panic!("{spec:?}: {error}"));
-                        assert!(bytes <= limit, "{spec:?}: {bytes} bytes of workgroup memory");
-                    }
-                }
+        let device = |matrices: &[(u32, bool)]| Capabilities {
+            subgroup_size: Some(SUBGROUP_SIZE),
+            matrices: matrices.to_vec(),
+            f16: true,
+            int64: false,
+        };
+        for (device, limit) in [(device(&[(8, true), (8, false)]), 32 << 10), (device(&[(16, true)]), 48 << 10)] {
+            for kernel in kernels(&device) {
+                let bytes = kernel.workgroup_memory().unwrap_or_else(|error| panic!("{}{error}", kernel.header()));
+                assert!(bytes <= limit, "{}: {bytes} bytes of workgroup memory", kernel.header());
             }
         }
     }

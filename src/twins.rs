@@ -128,6 +128,68 @@ pub fn layer_norm_backward(dy: &[f64], x: &[f64], w: &[f64], c: usize) -> [Vec<f
     [dx, dw, db]
 }
 
+/// The sizes of an embedding; tokens (B, T) follow.
+#[derive(Clone, Copy, Debug)]
+pub struct EmbeddingShape {
+    /// Tokens T of a sequence.
+    pub time: usize,
+    /// Rows of wte.
+    pub vocab: usize,
+    /// Rows of wpe.
+    pub block_size: usize,
+    /// Channels C.
+    pub channels: usize,
+}
+
+/// dropout(wte[token] + wpe[position]), (B, T, C).
+pub fn embedding(tokens: &[i32], wte: &[f64], wpe: &[f64], s: EmbeddingShape, dropout: Dropout) -> Vec<f64> {
+    let c = s.channels;
+    let mask = mask(tokens.len(), c, dropout);
+    let mut x = Vec::with_capacity(tokens.len() * c);
+    for (row, &token) in tokens.iter().enumerate() {
+        for i in 0..c {
+            x.push((wte[token as usize * c + i] + wpe[row % s.time * c + i]) * mask[row * c + i]);
+        }
+    }
+    x
+}
+
+/// (dwte (V, C), dwpe (block_size, C)) of [`embedding`].
+pub fn embedding_backward(dx: &[f64], tokens: &[i32], s: EmbeddingShape, dropout: Dropout) -> [Vec<f64>; 2] {
+    let c = s.channels;
+    let mask = mask(tokens.len(), c, dropout);
+    let (mut dwte, mut dwpe) = (vec![0.0; s.vocab * c], vec![0.0; s.block_size * c]);
+    for (row, &token) in tokens.iter().enumerate() {
+        for i in 0..c {
+            let d = dx[row * c + i] * mask[row * c + i];
+            dwte[token as usize * c + i] += d;
+            dwpe[row % s.time * c + i] += d;
+        }
+    }
+    [dwte, dwpe]
+}
+
+/// The factors of a dropout, all 1 where it is off.
+fn mask(rows: usize, columns: usize, dropout: Dropout) -> Vec<f64> {
+    if !dropout.is_on() {
+        return vec![1.0; rows * columns];
+    }
+    dropout.factors(rows, columns).into_iter().map(f64::from).collect()
+}
+
+/// One AdamW step of p, m and v in place; `scale` multiplies the gradient.
+pub fn adamw(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, hyper: AdamW) {
+    let AdamW { lr, beta1, beta2, eps, weight_decay, step } = hyper;
+    for i in 0..p.len() {
+        let g = g[i] * scale;
+        m[i] = beta1 * m[i] + (1.0 - beta1) * g;
+        v[i] = beta2 * v[i] + (1.0 - beta2) * g * g;
+        let m_hat = m[i] / (1.0 - beta1.powi(step as i32));
+        let v_hat = v[i] / (1.0 - beta2.powi(step as i32));
+        p[i] = p[i] * (1.0 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps);
+    }
+}
+
 /// The sizes of an attention.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionShape {
@@ -211,7 +273,7 @@ struct Row<'a> {
 
 fn for_each_row(qkv: &[f64], s: AttentionShape, dropout: Dropout, mut visit: impl FnMut(Row)) {
     let rows = s.batch * s.heads * s.time;
-    let mask = if dropout.is_on() { dropout.factors(rows, s.time) } else { vec![1.0; rows * s.time] };
+    let mask = mask(rows, s.time, dropout);
     for b in 0..s.batch {
         for h in 0..s.heads {
             for query in 0..s.time {
@@ -227,8 +289,8 @@ fn for_each_row(qkv: &[f64], s: AttentionShape, dropout: Dropout, mut visit: imp
                 let sum: f64 = scores.iter().map(|v| (v - max).exp()).sum();
                 let probabilities: Vec<f64> = scores.iter().map(|v| (v - max).exp() / sum).collect();
                 let row = (b * s.heads + h) * s.time + query;
-                let factors: Vec<f64> = mask[row * s.time..][..query + 1].iter().map(|&f| f64::from(f)).collect();
-                visit(Row { b, h, query, probabilities: &probabilities, factors: &factors, lse: max + sum.ln() });
+                let factors = &mask[row * s.time..][..query + 1];
+                visit(Row { b, h, query, probabilities: &probabilities, factors, lse: max + sum.ln() });
             }
         }
     }
@@ -256,40 +318,15 @@ pub fn cross_entropy(x: &[f64], w: &[f64], targets: &[i32], c: usize, v: usize) 
     (loss, dx, dw)
 }
 
-/// x (tokens, c) = (wte[token] + wpe[position]) · factors, and (dwte, dwpe) for its cotangent dx; `time` tokens a sequence.
-pub fn embedding(
-    tokens: &[i32],
-    wte: &[f64],
-    wpe: &[f64],
-    factors: &[f64],
-    dx: &[f64],
-    time: usize,
-) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
-    let c = dx.len() / tokens.len();
-    let (mut x, mut dwte, mut dwpe) = (Vec::new(), vec![0.0; wte.len()], vec![0.0; wpe.len()]);
-    for (row, &token) in tokens.iter().enumerate() {
-        for i in 0..c {
-            let (at, t, p) = (row * c + i, token as usize * c + i, row % time * c + i);
-            x.push((wte[t] + wpe[p]) * factors[at]);
-            dwte[t] += dx[at] * factors[at];
-            dwpe[p] += dx[at] * factors[at];
-        }
-    }
-    (x, dwte, dwpe)
-}
+#[cfg(test)]
+mod tests {
+    use super::distance;
 
-/// New (p, m, v) of AdamW for gradients g scaled by `scale`.
-pub fn adamw(p: &[f64], g: &[f64], m: &[f64], v: &[f64], scale: f64, hyper: AdamW) -> [Vec<f64>; 3] {
-    let AdamW { lr, beta1, beta2, eps, weight_decay, step } = hyper;
-    let (correction1, correction2) = (1.0 - beta1.powi(step as i32), 1.0 - beta2.powi(step as i32));
-    let [mut new_p, mut new_m, mut new_v] = [Vec::new(), Vec::new(), Vec::new()];
-    for i in 0..p.len() {
-        let g = g[i] * scale;
-        let (m, v) = (beta1 * m[i] + (1.0 - beta1) * g, beta2 * v[i] + (1.0 - beta2) * g * g);
-        let update = m / correction1 / ((v / correction2).sqrt() + eps);
-        new_p.push(p[i] - lr * weight_decay * p[i] - lr * update);
-        new_m.push(m);
-        new_v.push(v);
+    #[test]
+    fn a_wrong_value_a_nan_and_a_missing_element_are_far() {
+        assert_eq!(distance(&[3.0, -4.0], &[3.0, -4.0]), 0.0);
+        assert!((distance(&[1.1, 1.0], &[1.0, 1.0]) - 0.05).abs() < 1e-12);
+        assert_eq!(distance(&[f64::NAN, 1.0], &[1.0, 1.0]), f64::INFINITY);
+        assert_eq!(distance(&[1.0], &[1.0, 1.0]), f64::INFINITY);
     }
-    [new_p, new_m, new_v]
 }

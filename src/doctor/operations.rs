@@ -14,7 +14,7 @@ use crate::ops::embedding::embedding;
 use crate::ops::layer_norm::layer_norm;
 use crate::ops::linear::{Gelu, linear, linear_gelu, linear_residual};
 use crate::rng::Stream;
-use crate::twins::{self, AttentionShape};
+use crate::twins::{self, AttentionShape, EmbeddingShape};
 
 /// A check of one operation.
 type Body = fn(&Bed) -> Result<Seen>;
@@ -180,17 +180,16 @@ fn norms(bed: &Bed) -> Result<Seen> {
 }
 
 fn embeddings(bed: &Bed) -> Result<Seen> {
-    let (batch, time, vocabulary, c) = (3, 5, 11, 6);
+    let (batch, s) = (3, EmbeddingShape { time: 5, vocab: 11, block_size: 8, channels: 6 });
     let mut random = Values::new(9);
-    let (wte, wpe) = (random.take(vocabulary * c), random.take(8 * c));
-    let dx = random.take(batch * time * c);
-    let tokens: Vec<i32> = (0..batch * time).map(|i| (i * i % vocabulary) as i32).collect(); // some occur twice
-    let (tt, pt) = (bed.leaf(&wte, [vocabulary, c]), bed.leaf(&wpe, [8, c]));
-    let x = embedding(bed.integers(&tokens, [batch, time]), tt.clone(), pt.clone(), DROPOUT);
-    let factors: Vec<f64> = DROPOUT.factors(batch * time, c).into_iter().map(f64::from).collect();
-    let (want, dwte, dwpe) = twins::embedding(&tokens, &wte, &wpe, &factors, &dx, time);
-    let value = bed.distance(x.clone().inner(), &want)?;
+    let (wte, wpe) = (random.take(s.vocab * s.channels), random.take(s.block_size * s.channels));
+    let dx = random.take(batch * s.time * s.channels);
+    let tokens: Vec<i32> = (0..batch * s.time).map(|i| (i * i % s.vocab) as i32).collect(); // some occur twice
+    let (tt, pt) = (bed.leaf(&wte, [s.vocab, s.channels]), bed.leaf(&wpe, [s.block_size, s.channels]));
+    let x = embedding(bed.integers(&tokens, [batch, s.time]), tt.clone(), pt.clone(), DROPOUT);
+    let value = bed.distance(x.clone().inner(), &twins::embedding(&tokens, &wte, &wpe, s, DROPOUT))?;
     let gradients = bed.backward(x, &dx);
+    let [dwte, dwpe] = twins::embedding_backward(&dx, &tokens, s, DROPOUT);
     Ok(bed.worst(&[value, bed.gradient(&tt, &gradients, &dwte)?, bed.gradient(&pt, &gradients, &dwpe)?]))
 }
 
@@ -219,10 +218,10 @@ fn updates(bed: &Bed) -> Result<Seen> {
     let count = 1003;
     let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 3 };
     let mut random = Values::new(count);
-    let [p, g, m] = [count; 3].map(|count| random.take(count));
-    let v: Vec<f64> = random.take(count).iter().map(|value| f64::from((value * value) as f32)).collect();
+    let [mut p, g, mut m] = [count; 3].map(|count| random.take(count));
+    let mut v: Vec<f64> = random.take(count).iter().map(|value| f64::from((value * value) as f32)).collect();
     let tensor = |values: &[f64]| bed.tensor(values, [count]);
     let (new_p, new_m, new_v) = adamw(tensor(&p), tensor(&g), tensor(&m), tensor(&v), bed.tensor(&[0.5], [1]), hyper);
-    let [want_p, want_m, want_v] = twins::adamw(&p, &g, &m, &v, 0.5, hyper);
-    Ok(bed.worst(&[bed.distance(new_p, &want_p)?, bed.distance(new_m, &want_m)?, bed.distance(new_v, &want_v)?]))
+    twins::adamw(&mut p, &g, &mut m, &mut v, 0.5, hyper);
+    Ok(bed.worst(&[bed.distance(new_p, &p)?, bed.distance(new_m, &m)?, bed.distance(new_v, &v)?]))
 }

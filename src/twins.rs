@@ -141,7 +141,7 @@ pub struct EmbeddingShape {
     pub channels: usize,
 }
 
-/// dropout(wte[token] + wpe[position]), (B, T, C).
+/// dropout(the rows of wte that the tokens name + the rows of wpe of their places), (B, T, C).
 pub fn embedding(tokens: &[i32], wte: &[f64], wpe: &[f64], s: EmbeddingShape, dropout: Dropout) -> Vec<f64> {
     let c = s.channels;
     let mask = mask(tokens.len(), c, dropout);

@@ -133,15 +133,15 @@ pub fn layer_norm_backward(dy: &[f64], x: &[f64], w: &[f64], c: usize) -> [Vec<f
 pub struct EmbeddingShape {
     /// Tokens T of a sequence.
     pub time: usize,
-    /// Rows V of the token embedding.
+    /// Rows of wte.
     pub vocab: usize,
-    /// Rows of the position embedding.
+    /// Rows of wpe.
     pub block_size: usize,
-    /// Columns C of both.
+    /// Channels C.
     pub channels: usize,
 }
 
-/// dropout(wte[token] + wpe[position]), (B, T, C).
+/// dropout(the rows of wte that the tokens name + the rows of wpe of their places), (B, T, C).
 pub fn embedding(tokens: &[i32], wte: &[f64], wpe: &[f64], s: EmbeddingShape, dropout: Dropout) -> Vec<f64> {
     let c = s.channels;
     let mask = mask(tokens.len(), c, dropout);
@@ -316,4 +316,17 @@ pub fn cross_entropy(x: &[f64], w: &[f64], targets: &[i32], c: usize, v: usize) 
         }
     }
     (loss, dx, dw)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::distance;
+
+    #[test]
+    fn a_wrong_value_a_nan_and_a_missing_element_are_far() {
+        assert_eq!(distance(&[3.0, -4.0], &[3.0, -4.0]), 0.0);
+        assert!((distance(&[1.1, 1.0], &[1.0, 1.0]) - 0.05).abs() < 1e-12);
+        assert_eq!(distance(&[f64::NAN, 1.0], &[1.0, 1.0]), f64::INFINITY);
+        assert_eq!(distance(&[1.0], &[1.0, 1.0]), f64::INFINITY);
+    }
 }

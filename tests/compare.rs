@@ -91,6 +91,16 @@ fn every_fixture_survives_a_round_trip() {
     }
 }
 
+/// The README's table of peers is what `compare` prints, and nothing else.
+#[test]
+fn the_readmes_table_is_made_from_the_reports_beside_it() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/measurements/peers-2cores");
+    let names = ["gpt-wgpu-cpu.json", "pytorch-cpu.json", "mlx-cpu.json", "gpt-wgpu-lavapipe.json"];
+    let paths: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
+    let markdown = compare::compare(&paths, &Options::default()).unwrap().markdown();
+    assert!(include_str!("../README.md").contains(&markdown), "{markdown}");
+}
+
 #[test]
 fn what_a_peer_leaves_out_has_a_default() {
     let report = BenchReport::read(&fixture("minimal.json")).unwrap();

@@ -30,6 +30,21 @@ impl Kernel {
         Self { name, header, files, workgroup }
     }
 
+    /// With [`Kernel::header`], the kernel's identity.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The constants in front of the files.
+    pub fn header(&self) -> &str {
+        &self.header
+    }
+
+    /// Threads of a workgroup.
+    pub fn workgroup(&self) -> (u32, u32, u32) {
+        self.workgroup
+    }
+
     /// The whole WGSL text that is compiled.
     pub fn text(&self) -> String {
         let mut text = self.header.clone();

@@ -99,6 +99,12 @@ pub trait DropoutOps: Backend {
 
 impl DropoutOps for Flex {}
 
+/// The one kernel: four neighbouring columns a thread, 256 threads a workgroup.
+pub fn kernel() -> Kernel {
+    let files = vec![include_str!("../../wgsl/philox.wgsl"), include_str!("../../wgsl/dropout.wgsl")];
+    Kernel::new("dropout", String::new(), files, (256, 1, 1))
+}
+
 impl DropoutOps for CubeBackend {
     fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
         let x = into_contiguous(x);
@@ -107,11 +113,9 @@ impl DropoutOps for CubeBackend {
         let columns = shape[shape.num_dims() - 1];
         let rows = shape.num_elements() / columns.max(1);
         let groups = (rows * columns.div_ceil(4)).div_ceil(256) as u32;
-        let files = vec![include_str!("../../wgsl/philox.wgsl"), include_str!("../../wgsl/dropout.wgsl")];
-        let kernel = Kernel::new("dropout", String::new(), files, (256, 1, 1));
         let mut params = vec![rows as u32, columns as u32];
         params.extend(dropout.params());
-        kernel.launch(fold(groups), &[&x, &y], &params);
+        kernel().launch(fold(groups), &[&x, &y], &params);
         y
     }
 }

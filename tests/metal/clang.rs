@@ -91,7 +91,7 @@ impl Clang {
             let text = fs::read_to_string(&source).map_err(|e| format!("{}: {e}", source.display()))?;
             let flush = if build == Build::Fast { "-DFLUSH_DENORMALS" } else { "-UFLUSH_DENORMALS" };
             let copy = self.folder.join(format!("{part}.{build:?}.cpp"));
-            command.arg(self.object(&copy, &text, &["-std=c++20", "-O2", "-Wall", "-Werror", flush])?);
+            command.arg(self.object(&copy, &text, &["-std=c++20", "-O2", "-march=native", "-Wall", "-Werror", flush])?);
         }
         run(command.args(["-lm", "-o"]).arg(&program))?;
         Ok(program)

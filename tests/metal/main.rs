@@ -6,6 +6,8 @@ mod clang;
 #[path = "../common/mod.rs"]
 mod common;
 mod execute;
+mod faults;
+mod limits;
 mod lower;
 
 use std::collections::BTreeMap;

@@ -83,10 +83,12 @@ void name_actor(const Moment& moment, char* text, size_t size) {
     }
 }
 
-[[noreturn]] void race(const Region& region, size_t scalar, const Moment& now, bool writes, const Moment& then, bool wrote) {
-    char one[64], other[64];
+// `several`: `then` is only the last of them.
+[[noreturn]] void race(const Region& region, size_t scalar, const Moment& now, bool writes, const Moment& then, bool wrote,
+                       bool several = false) {
+    char one[64], other[64] = "several threads";
     name_actor(now, one, sizeof one);
-    name_actor(then, other, sizeof other);
+    if (!several) name_actor(then, other, sizeof other);
     fault("race: %s %s %s[%zu], which %s %s%s with no barrier between", one, writes ? "writes" : "reads", region.name,
           scalar * region.scalar / region.element, other, wrote ? "wrote" : "read",
           in_this_group(then, region) ? "" : " in another group");
@@ -116,7 +118,7 @@ void touch(Region& region, size_t scalar, const Moment& now, bool writes) {
     if (!writes) return note_read(record, now, region);
     bool several = record.groups ||
                    (read.epoch == now.epoch && (record.simdgroups || (record.actors && read.simd == now.simd)));
-    if (exists(read, region) && (several || !ordered(read, now, region))) race(region, scalar, now, true, read, false);
+    if (exists(read, region) && (several || !ordered(read, now, region))) race(region, scalar, now, true, read, false, several);
     record.write = now;
 }
 

@@ -92,6 +92,7 @@ std::vector<unsigned> place_of;   // of a thread in `order`
 std::mt19937 generator;
 bool shuffled;
 unsigned current, waiting, done;
+unsigned arrived[32]; // lanes of each simdgroup that wait for the others
 void* main_stack;
 Place place;
 int schedule;
@@ -191,9 +192,8 @@ void together(const Request& request, const void* site) {
     fibres[me].site = site;
     fibres[me].request = &request;
     fibres[me].state = State::at_simdgroup;
-    for (unsigned i = first; i < first + count; i++) {
-        if (fibres[i].state != State::at_simdgroup) return switch_from(place_of[me] + 1);
-    }
+    if (++arrived[group] < count) return switch_from(place_of[me] + 1);
+    arrived[group] = 0;
     const Request& asked = request_of(first);
     for (unsigned i = first; i < first + count; i++) {
         const Request& other = request_of(i);
@@ -217,6 +217,7 @@ void run_group() {
     unsigned count = kernel->threads;
     begin_group();
     waiting = done = 0;
+    std::fill(std::begin(arrived), std::end(arrived), 0);
     for (unsigned i = 0; i < kernel->memory_count; i++) {
         if (kernel->memories[i].buffer < 0) memset(memories[i], 0xff, kernel->memories[i].bytes); // NaN
     }

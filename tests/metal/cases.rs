@@ -33,7 +33,8 @@ const LEAST: f64 = 1e-3;
 pub enum Elem {
     F32,
     F16,
-    U32,
+    /// i32 or u32.
+    Int,
 }
 
 /// A buffer before and after the launch.
@@ -66,7 +67,7 @@ impl Buffer {
             _ if v.is_nan() => vec![0xff; self.elem.bytes()],
             Elem::F32 => (*v as f32).to_le_bytes().to_vec(),
             Elem::F16 => f16::from_f64(*v).to_le_bytes().to_vec(),
-            Elem::U32 => (*v as u32).to_le_bytes().to_vec(),
+            Elem::Int => (*v as i64 as u32).to_le_bytes().to_vec(),
         };
         self.before.iter().flat_map(value).collect()
     }
@@ -98,9 +99,21 @@ impl Elem {
     fn value(self, bytes: &[u8]) -> f64 {
         match (self, bytes) {
             (Self::F32, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
-            (Self::U32, &[a, b, c, d]) => f64::from(u32::from_le_bytes([a, b, c, d])),
+            (Self::Int, &[a, b, c, d]) => f64::from(i32::from_le_bytes([a, b, c, d])),
             (Self::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f64(),
             _ => f64::NAN,
         }
+    }
+}
+
+#[test]
+fn the_comparer_fails_on_a_wrong_value_a_nan_and_a_touched_element() {
+    for elem in [Elem::F32, Elem::F16, Elem::Int] {
+        let buffer = Buffer::output("y", elem, vec![4.0, -2.0, f64::NAN], 1e-3);
+        let content = |values: [f64; 3]| Buffer::input("y", elem, &values).bytes();
+        assert_eq!(buffer.difference(&content([4.0, -2.0, f64::NAN])), None);
+        assert!(buffer.difference(&content([4.0, -3.0, f64::NAN])).unwrap().starts_with("y[1] is -3"));
+        assert!(buffer.difference(&content([4.0, f64::NAN, f64::NAN])).unwrap().starts_with("y[1]"));
+        assert!(buffer.difference(&content([4.0, -2.0, 0.0])).unwrap().starts_with("y[2] must stay untouched"));
     }
 }

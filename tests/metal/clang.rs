@@ -49,14 +49,18 @@ impl Clang {
         for name in names {
             let Ok(output) = Command::new(&name).arg("--version").output() else { continue };
             let text = String::from_utf8_lossy(&output.stdout);
-            let Some(version) = text.lines().next().and_then(|line| line.split("clang version ").nth(1)) else { continue };
+            let Some(version) = text.lines().next().and_then(|line| line.split("clang version ").nth(1)) else {
+                continue;
+            };
             if version.split('.').next().and_then(|v| v.parse().ok()).is_some_and(|v: u32| v >= OLDEST) {
                 let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("metal");
                 fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
                 return Ok(Self { path: name.into(), version: version.into(), folder });
             }
         }
-        Err(format!("no clang++ of version {OLDEST} or later on the PATH (scripts/test installs one on Debian and Ubuntu)"))
+        Err(format!(
+            "no clang++ of version {OLDEST} or later on the PATH (scripts/test installs one on Debian and Ubuntu)"
+        ))
     }
 
     /// Where files of the checks go.
@@ -91,7 +95,11 @@ impl Clang {
             let text = fs::read_to_string(&source).map_err(|e| format!("{}: {e}", source.display()))?;
             let flush = if build == Build::Fast { "-DFLUSH_DENORMALS" } else { "-UFLUSH_DENORMALS" };
             let copy = self.folder.join(format!("{part}.{build:?}.cpp"));
-            command.arg(self.object(&copy, &text, &["-std=c++20", "-O2", "-march=native", "-Wall", "-Werror", flush])?);
+            command.arg(self.object(
+                &copy,
+                &text,
+                &["-std=c++20", "-O2", "-march=native", "-Wall", "-Werror", flush],
+            )?);
         }
         run(command.args(["-lm", "-o"]).arg(&program))?;
         Ok(program)
@@ -101,11 +109,19 @@ impl Clang {
     ///
     /// # Errors
     /// clang's words.
-    pub fn check_address_spaces(&self, shader: &Shader, name: &str) -> Result<(), String> {
+    pub fn check_address_spaces(&self, msl: &str, name: &str) -> Result<(), String> {
         let source = self.folder.join(format!("{name}.metal"));
-        fs::write(&source, shader.msl()?).map_err(|e| format!("{}: {e}", source.display()))?;
+        fs::write(&source, msl).map_err(|e| format!("{}: {e}", source.display()))?;
         let mut command = Command::new(&self.path);
-        command.args(["-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-cl-ext=+cl_khr_fp16", "-fsyntax-only"]);
+        command.args([
+            "-x",
+            "clcpp",
+            "-cl-std=clc++2021",
+            "-target",
+            "spir64",
+            "-cl-ext=+cl_khr_fp16",
+            "-fsyntax-only",
+        ]);
         command.args(["-w", "-cl-single-precision-constant"]);
         run(command.arg("-I").arg(sources().with_file_name("spaces")).arg(&source))
     }
@@ -122,7 +138,14 @@ impl Clang {
         let write = |path: &Path, text: &str| fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()));
         write(source, text)?;
         let _ = fs::remove_file(&record); // a failure below must not leave an old key beside a new object
-        run(Command::new(&self.path).args(flags).arg("-I").arg(sources()).arg("-c").arg(source).arg("-o").arg(&object))?;
+        run(Command::new(&self.path)
+            .args(flags)
+            .arg("-I")
+            .arg(sources())
+            .arg("-c")
+            .arg(source)
+            .arg("-o")
+            .arg(&object))?;
         write(&record, &key)?;
         Ok(object)
     }

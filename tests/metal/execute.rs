@@ -53,7 +53,7 @@ pub fn execute(program: &Path, shader: &Shader, case: &Case, folder: &Path, name
         return Err(Failure::Stopped(text));
     }
     let results = fs::read(&output).unwrap();
-    if std::env::var("KEEP").is_err() { fs::remove_file(&input).unwrap(); }
+    fs::remove_file(&input).unwrap();
     fs::remove_file(&output).unwrap();
     let mut rest = &results[..];
     for schedule in SCHEDULES {

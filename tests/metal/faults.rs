@@ -241,7 +241,8 @@ impl fmt::Display for Fault {
 impl Fault {
     /// The cases of the kernel that is to be changed, all of one kernel.
     fn cases<'a>(&self, all: &'a [Case]) -> Vec<&'a Case> {
-        let meant = |k: &Kernel| k.name() == self.kernel && self.constants.iter().all(|c| k.header().lines().any(|l| l == *c));
+        let meant =
+            |k: &Kernel| k.name() == self.kernel && self.constants.iter().all(|c| k.header().lines().any(|l| l == *c));
         let first = all.iter().find(|c| meant(&c.kernel)).unwrap_or_else(|| panic!("{self}: no case has this kernel"));
         all.iter().filter(|c| lower::label(&c.kernel) == lower::label(&first.kernel)).collect()
     }
@@ -268,7 +269,8 @@ impl Fault {
                     Ok(()) => {}
                     Err(Failure::Wrong(text)) => return Some((Layer::Values, text)),
                     Err(Failure::Stopped(text)) => {
-                        let layers = [("race: ", Layer::Race), ("out of bounds: ", Layer::Bounds), ("part: ", Layer::Parting)];
+                        let layers =
+                            [("race: ", Layer::Race), ("out of bounds: ", Layer::Bounds), ("part: ", Layer::Parting)];
                         let layer = layers.iter().find(|(word, _)| text.contains(word));
                         return Some((layer.unwrap_or_else(|| panic!("{self}: {text}")).1, text));
                     }

@@ -125,7 +125,8 @@ impl Shader {
                 None if argument.starts_with("threadgroup ") => ("-1", format!("sizeof({kind})")),
                 None => return Err(format!("unknown argument {argument}")),
             };
-            let known = if name == "_buffer_sizes" { (4, 4) } else { elements.next().ok_or("more memory than WGSL has")? };
+            let known =
+                if name == "_buffer_sizes" { (4, 4) } else { elements.next().ok_or("more memory than WGSL has")? };
             memories.push(format!("{{\"{name}\", {buffer}, {bytes}, {}, {}}}", known.0, known.1));
         }
         // In a namespace without name, so that many kernels fit in one program. The headers must stand outside.
@@ -183,9 +184,10 @@ fn built_in(attribute: &str) -> Option<&'static str> {
 
 fn id(kernel: &Kernel) -> String {
     // FNV-1a: the same in every version of Rust
-    let hash = kernel.header().bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    let hash = kernel
+        .header()
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
     format!("{}_{:08x}", kernel.name(), hash >> 32)
 }
 

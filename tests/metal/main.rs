@@ -1,5 +1,7 @@
 //! Metal without a Mac: the MSL of every kernel that an Apple GPU can be given is checked against Apple's limits, compiled
-//! and executed. What that proves and what it cannot is in the README.
+//! and executed. What that proves, and what it cannot, is in the README.
+//!
+//! A new kernel needs two things: its place in `gpt_wgpu::ops::kernels`, and a `Case` in its operation's file in cases/.
 
 mod cases;
 mod clang;
@@ -9,26 +11,33 @@ mod execute;
 mod faults;
 mod limits;
 mod lower;
+mod through_wgpu;
+mod uniformity;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use clang::{BUILDS, Build, Clang};
+use clang::{BUILDS, Clang};
 use execute::{Failure, execute, parallel};
-use gpt_wgpu::kernel::{Capabilities, Kernel};
+use gpt_wgpu::kernel::Capabilities;
 use gpt_wgpu::ops;
 use lower::Shader;
 
-/// What wgpu reports of every Apple GPU since the M1 (wgpu-hal's metal/adapter.rs).
+/// What wgpu reports of every Apple GPU since the M1 (wgpu-hal's metal/adapter.rs); others can do less.
 pub fn apple() -> Capabilities {
     Capabilities { subgroup_size: Some(32), matrices: vec![(8, true), (8, false)], f16: true }
 }
 
+/// Every kernel that an Apple GPU can be given, by label.
 fn shaders() -> BTreeMap<String, Shader> {
-    let shader = |kernel: Kernel| {
-        let shader = Shader::new(&kernel, kernel.text()).unwrap_or_else(|e| panic!("{}: {e}", lower::label(&kernel)));
-        (shader.label.clone(), shader)
+    let kernels = ops::kernels(&apple());
+    let count = kernels.len();
+    let shader = |kernel: &gpt_wgpu::kernel::Kernel| {
+        Shader::new(kernel, kernel.text()).unwrap_or_else(|error| panic!("{}: {error}", lower::label(kernel)))
     };
-    ops::kernels(&apple()).into_iter().map(shader).collect()
+    let shaders: BTreeMap<_, _> = kernels.iter().map(|k| (lower::label(k), shader(k))).collect();
+    let ids: BTreeSet<_> = shaders.values().map(|s| &s.id).collect();
+    assert!(shaders.len() == count && ids.len() == count, "two of the kernels have the same name and constants");
+    shaders
 }
 
 /// clang; none, and a line that says so, where it is missing.
@@ -47,32 +56,78 @@ fn clang() -> Option<Clang> {
     }
 }
 
+fn assert_none(what: &str, failures: Vec<Option<String>>) {
+    const SHOWN: usize = 20;
+    let count = failures.len();
+    let failures: Vec<_> = failures.into_iter().flatten().collect();
+    let shown = failures[..failures.len().min(SHOWN)].join("\n");
+    assert!(failures.is_empty(), "{} of {count} {what} fail; the first:\n{shown}", failures.len());
+}
+
+/// Nothing that can be launched is left out of what follows.
+#[test]
+fn every_kernel_is_listed_and_every_listed_kernel_is_executed() {
+    let shaders = shaders();
+    let listed: BTreeSet<String> = shaders.keys().cloned().collect();
+    let executed: BTreeSet<String> = cases::all().iter().map(|case| lower::label(&case.kernel)).collect();
+    let missing: Vec<_> = listed.difference(&executed).collect();
+    assert!(missing.is_empty(), "kernels of ops::kernels without a case in tests/metal/cases: {missing:#?}");
+    let unlisted: Vec<_> = executed.difference(&listed).collect();
+    assert!(unlisted.is_empty(), "cases of kernels that ops::kernels does not list: {unlisted:#?}");
+
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("wgsl");
+    for file in std::fs::read_dir(folder).unwrap() {
+        let path = file.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let used = shaders.values().any(|shader| shader.wgsl.contains(&text));
+        assert!(used, "{} is in no kernel that ops::kernels lists", path.display());
+    }
+}
+
+#[test]
+fn every_kernel_keeps_its_address_spaces_apart() {
+    let Some(clang) = clang() else { return };
+    let shaders: Vec<_> = shaders().into_values().collect();
+    let check = |shader: &Shader| {
+        let msl = shader.msl()?;
+        clang.check_address_spaces(&msl, &shader.id)
+    };
+    assert_none("kernels", parallel(&shaders, |s| check(s).err().map(|error| format!("{}: {error}", s.label))));
+
+    // A text that hands threadgroup memory to a function of device memory must not pass.
+    let delta = shaders.iter().find(|s| s.id.starts_with("attention_coop_forward")).unwrap();
+    let msl = delta.msl().unwrap();
+    let mixed = msl.replacen("threadgroup type_5& stream_a", "device type_5& stream_a", 1);
+    assert_ne!(msl, mixed);
+    let error = clang.check_address_spaces(&mixed, "mixed").unwrap_err();
+    assert!(error.contains("address space") || error.contains("no matching function"), "{error}");
+}
+
 #[test]
 fn every_kernel_computes_the_right_thing_in_bounds_and_without_races() {
     let Some(clang) = clang() else { return };
     let shaders = shaders();
     let all: Vec<&Shader> = shaders.values().collect();
     let cases = cases::all();
-    let mut failures = Vec::new();
     for build in BUILDS {
-        let start = std::time::Instant::now();
-        let objects = parallel(&all, |shader| {
-            clang.compile(shader, &shader.id, build).map_err(|e| format!("{}: {e}", shader.label))
-        });
+        let objects = parallel(&all, |s| clang.compile(s, &s.id, build).map_err(|e| format!("{}: {e}", s.label)));
         let objects: Result<Vec<_>, _> = objects.into_iter().collect();
-        let program = clang.link(&objects.unwrap(), &format!("all.{build:?}"), build).unwrap();
-        eprintln!("{build:?} compiled {:?}", start.elapsed());
-        let start = std::time::Instant::now();
+        let objects = objects.unwrap_or_else(|error| panic!("{error}"));
+        let program = clang.link(&objects, &format!("all.{build:?}"), build).unwrap_or_else(|error| panic!("{error}"));
         let numbered: Vec<_> = cases.iter().enumerate().collect();
-        failures.extend(parallel(&numbered, |(i, case)| {
+        let results = parallel(&numbered, |(i, case)| {
             let label = lower::label(&case.kernel);
-            let t0 = std::time::Instant::now();
-            let result = execute(&program, &shaders[&label], case, clang.folder(), &format!("{build:?}{i}"));
-            eprintln!("TIME {build:?} {:?} {label}", t0.elapsed().as_millis());
-            result.err().map(|failure| format!("{build:?} {label} {}: {failure:?}", case.what))
-        }));
-        eprintln!("{build:?} executed {:?}", start.elapsed());
+            let result = execute(&program, &shaders[&label], case, clang.folder(), &format!("{i}.{build:?}"));
+            let (Failure::Stopped(how) | Failure::Wrong(how)) = result.err()?;
+            Some(format!("{build:?} build, {label}, {}: {how}", case.what))
+        });
+        assert_none(&format!("cases of the {build:?} build"), results);
     }
-    let failures: Vec<_> = failures.into_iter().flatten().collect();
-    assert!(failures.is_empty(), "{} failures\n{}", failures.len(), failures[..failures.len().min(25)].join("\n"));
+    eprintln!(
+        "{} kernels right in {} cases, {} builds and {} orders",
+        all.len(),
+        cases.len(),
+        BUILDS.len(),
+        execute::SCHEDULES.len()
+    );
 }

@@ -61,7 +61,8 @@ impl Inputs {
         // Rounded to what is multiplied: the rest of the difference is the kernel's own.
         let rounded = f16 || matches!(variant, Variant::Coop { f16: true, .. });
         let round = |v: f64| if rounded { half::f16::from_f64(v).to_f64() } else { f64::from(v as f32) };
-        let mut values = |count: usize, scale: f64| random.vec(count).iter().map(|v| round(v * scale)).collect::<Vec<_>>();
+        let mut values =
+            |count: usize, scale: f64| random.vec(count).iter().map(|v| round(v * scale)).collect::<Vec<_>>();
         // Without dropout large logits, a maximum that jumps by more than 2^8 from tile to tile: the sums are rescaled.
         let mut qkv = values(tokens * 3 * shape.channels(), if dropout.is_on() { 1.5 } else { 4.0 });
         for token in qkv.chunks_mut(3 * shape.channels()) {
@@ -71,7 +72,9 @@ impl Inputs {
         let (out, lse) = twins::attention(&qkv, shape, dropout);
         let dqkv = twins::attention_backward(&dout, &qkv, shape, dropout);
         let mut delta = vec![0.0; lse.len()];
-        for (i, products) in dout.iter().zip(&out).map(|(d, o)| d * o).collect::<Vec<_>>().chunks(shape.head_dim).enumerate() {
+        for (i, products) in
+            dout.iter().zip(&out).map(|(d, o)| d * o).collect::<Vec<_>>().chunks(shape.head_dim).enumerate()
+        {
             let (token, head) = (i / shape.heads, i % shape.heads);
             let (b, t) = (token / shape.time, token % shape.time);
             delta[(b * shape.heads + head) * shape.time + t] = products.iter().sum();
@@ -83,12 +86,14 @@ impl Inputs {
         if self.f16 { Elem::F16 } else { Elem::F32 }
     }
 
-    /// f16 products carry 11 bits into sums of up to T terms; f32 ones 24. Storage in f16 rounds once more.
+    /// f16 products carry 11 bits into sums of up to T terms; f32 ones 24, of which large logits take four before they are
+    /// exponentiated. Storage in f16 rounds once more.
     fn tolerance(&self) -> f64 {
         match self.variant {
             Variant::Coop { f16: true, .. } => 4e-3,
             _ if self.f16 => 2e-3,
-            _ => 1e-5,
+            _ if self.dropout.is_on() => 1e-5,
+            _ => 1e-4,
         }
     }
 
@@ -133,15 +138,19 @@ impl Inputs {
         let forward = vec![
             qkv.clone(),
             Buffer::output("out", self.elem(), self.out.clone(), self.tolerance()),
-            Buffer::output("lse", Elem::F32, self.lse.clone(), self.tolerance()),
+            Buffer::output("lse", Elem::F32, self.lse.clone(), 1e-5), // of f32 sums in every variant
         ];
-        [(Pass::Forward, forward), (Pass::Dq, backward([true, false, false])), (Pass::Dkv, backward([false, true, true]))]
-            .into_iter()
-            .map(|(pass, buffers)| {
-                let (kernel, groups) = make(pass);
-                self.case(kernel, groups, buffers)
-            })
-            .collect()
+        [
+            (Pass::Forward, forward),
+            (Pass::Dq, backward([true, false, false])),
+            (Pass::Dkv, backward([false, true, true])),
+        ]
+        .into_iter()
+        .map(|(pass, buffers)| {
+            let (kernel, groups) = make(pass);
+            self.case(kernel, groups, buffers)
+        })
+        .collect()
     }
 
     fn delta(&self) -> Case {

@@ -74,7 +74,7 @@ pub const RULES: &[Rule] = &[
         name: "whole simdgroups of 32 threads",
         check: |shader| {
             let threads = threads(shader);
-            (threads == 0 || threads % SIMDGROUP != 0).then(|| format!("{threads} threads"))
+            (threads == 0 || !threads.is_multiple_of(SIMDGROUP)).then(|| format!("{threads} threads"))
         },
         breaker: "@compute @workgroup_size(48) fn main() {}",
     },
@@ -176,7 +176,7 @@ pub const RULES: &[Rule] = &[
     Rule {
         name: "beside cooperative matrices, workgroup variables fill multiples of 16 bytes, where the next one starts",
         check: |shader| {
-            let uneven = workgroup_variables(shader).into_iter().find(|size| size % 16 != 0);
+            let uneven = workgroup_variables(shader).into_iter().find(|size| !size.is_multiple_of(16));
             uneven.filter(|_| !matrices(shader).is_empty()).map(|size| format!("one of {size} bytes"))
         },
         breaker: "enable wgpu_cooperative_matrix;

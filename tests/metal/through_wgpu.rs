@@ -82,7 +82,7 @@ fn run(device: &wgpu::Device, queue: &wgpu::Queue, case: &Case, wgsl: &str) -> V
     copies.into_iter().map(read).collect()
 }
 
-/// One head dimension: lavapipe takes half a minute to compile a kernel.
+/// One head dimension: lavapipe takes ten seconds and more to compile a kernel.
 #[test]
 fn cooperative_kernels_run_through_wgpu() {
     let Some((adapter, subgroup)) = adapter() else {
@@ -118,5 +118,5 @@ fn cooperative_kernels_run_through_wgpu() {
         }
         count += 1;
     }
-    assert_eq!(count, 3, "forward, dq and dkv");
+    assert_eq!(count, 6, "forward, dq and dkv, of f32 and of f16 tensors");
 }

@@ -103,8 +103,6 @@ unsigned simdgroup_of(unsigned thread) { return thread / LANES; }
 unsigned first_lane(unsigned simdgroup) { return simdgroup * LANES; }
 unsigned lanes_of(unsigned simdgroup) { return std::min<unsigned>(LANES, fibres.size() - first_lane(simdgroup)); }
 
-void start();
-
 // Gives the processor to the next thread that can run, from place `from` of the order on.
 void switch_from(unsigned from) {
     unsigned count = order.size(), next = count;
@@ -128,14 +126,12 @@ void switch_from(unsigned from) {
     switch_stack(save, fibres[next].stack_pointer);
 }
 
+// The first thing on every fibre's stack.
 void start() {
-    kernel->run(memories.data(), [] {
-        Place p = place;
-        unsigned t = current;
-        p.index = t;
-        p.local = {t % p.size.x, t / p.size.x % p.size.y, t / (p.size.x * p.size.y)};
-        return p;
-    }());
+    Place p = place;
+    p.index = current;
+    p.local = {current % p.size.x, current / p.size.x % p.size.y, current / (p.size.x * p.size.y)};
+    kernel->run(memories.data(), p);
     fibres[current].state = State::done;
     done++;
     switch_from(place_of[current] + 1);

@@ -200,7 +200,8 @@ pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
         for head_dim in HEAD_DIMS {
             for variant in supported(capabilities, f16_storage) {
                 for pass in [Pass::Forward, Pass::Dq, Pass::Dkv] {
-                    kernels.extend([false, true].map(|dropout| kernel(pass, variant, head_dim, f16_storage, dropout).0));
+                    kernels
+                        .extend([false, true].map(|dropout| kernel(pass, variant, head_dim, f16_storage, dropout).0));
                 }
             }
             if !f16_storage || capabilities.f16 {

@@ -11,6 +11,11 @@ pub fn all() -> Vec<Case> {
     [attention::cases(), dropout::cases()].concat()
 }
 
+/// A grid of two rows, as `kernel::fold` makes of very many groups; one group too many where they are odd.
+pub fn two_rows(groups: u32) -> (u32, u32, u32) {
+    (groups.div_ceil(2), 2, 1)
+}
+
 /// One launch.
 #[derive(Clone)]
 pub struct Case {

@@ -39,6 +39,7 @@ struct Fault {
 }
 
 const F32: &str = "alias elem = f32;";
+const D32: &str = "const HEAD_DIM: u32 = 32u;";
 const D64: &str = "const HEAD_DIM: u32 = 64u;";
 const DROPS: &str = "const DROPOUT: bool = true;";
 const KEEPS: &str = "const DROPOUT: bool = false;";
@@ -79,6 +80,10 @@ const FAULTS: &[Fault] = &[
         from: "if (group >= params.rows", to: "if (group > params.rows", found_by: Layer::Bounds,
     },
     Fault {
+        what: "the grid's second row forgotten", kernel: "dropout", constants: &[],
+        from: "id.y * grid.x * 256u + id.x", to: "id.x", found_by: Layer::Race,
+    },
+    Fault {
         what: "one bit of a random generator", kernel: "dropout", constants: &[],
         from: "0xbb67ae85u", to: "0xbb67ae84u", found_by: Layer::Values,
     },
@@ -114,6 +119,10 @@ const FAULTS: &[Fault] = &[
     Fault {
         what: "a read past the end of a workgroup array", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
         from: "row_sums[part * BLOCK_Q + thread]", to: "row_sums[part * BLOCK_Q + thread + 1u]", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "the grid's second row forgotten", kernel: "attention_scalar_forward", constants: &[F32, D32, DROPS],
+        from: "workgroup.y * grid.x + workgroup.x", to: "workgroup.x", found_by: Layer::Race,
     },
     Fault {
         what: "a tile overwritten while it is read", kernel: "attention_scalar_dq", constants: &[F32, D64, KEEPS],

@@ -5,7 +5,7 @@ use gpt_wgpu::kernel::fold;
 use gpt_wgpu::ops::attention::tiles::{self, HEAD_DIMS, Pass, Variant};
 use gpt_wgpu::ops::dropout::Dropout;
 
-use super::{Buffer, Case, Elem};
+use super::{Buffer, Case, Elem, two_rows};
 use crate::apple;
 use crate::common::Random;
 use crate::common::twins::{self, AttentionShape};
@@ -32,7 +32,7 @@ pub fn cases() -> Vec<Case> {
         // A sequence of one token, and one that fills its tiles
         for time in [1, 64] {
             for variant in tiles::supported(&apple(), f16) {
-                let shape = AttentionShape { batch: 1, time, heads: 2, head_dim: 32 };
+                let shape = AttentionShape { batch: 1, time, heads: 3, head_dim: 32 };
                 cases.extend(Inputs::new(shape, DROPOUT, variant, f16).tiled());
             }
         }
@@ -109,7 +109,8 @@ impl Inputs {
 
     fn case(&self, kernel: gpt_wgpu::kernel::Kernel, groups: usize, buffers: Vec<Buffer>) -> Case {
         let what = format!("{:?}", self.shape);
-        Case { kernel, what, grid: fold(groups as u32), buffers, params: self.params() }
+        let grid = if self.shape.heads == 3 { two_rows(groups as u32) } else { fold(groups as u32) };
+        Case { kernel, what, grid, buffers, params: self.params() }
     }
 
     /// dqkv with only the thirds wanted that `written` names.

@@ -1,9 +1,8 @@
 //! Dropout on its own.
 
-use gpt_wgpu::kernel::fold;
 use gpt_wgpu::ops::dropout::{self, Dropout};
 
-use super::{Buffer, Case, Elem};
+use super::{Buffer, Case, Elem, two_rows};
 use crate::common::Random;
 
 pub fn cases() -> Vec<Case> {
@@ -19,7 +18,7 @@ pub fn cases() -> Vec<Case> {
             Case {
                 kernel: dropout::kernel(),
                 what: format!("({rows}, {columns})"),
-                grid: fold((rows * columns.div_ceil(4)).div_ceil(256) as u32),
+                grid: two_rows((rows * columns.div_ceil(4)).div_ceil(256) as u32),
                 buffers: vec![Buffer::input("x", Elem::F32, &x), Buffer::output("y", Elem::F32, want, 1e-6)],
                 params,
             }

@@ -61,9 +61,14 @@ impl Kernel {
         Self { work, ..self }
     }
 
-    /// The name that it was made with.
+    /// With [`Kernel::header`], the kernel's identity.
     pub fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// The constants in front of the files.
+    pub fn header(&self) -> &str {
+        &self.header
     }
 
     /// Threads of a workgroup.

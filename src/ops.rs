@@ -13,6 +13,15 @@ pub mod linear;
 use burn::backend::{Backend, Dispatch, ExtensionType, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::{Shape, Tensor};
 
+use crate::kernel::{Capabilities, Kernel};
+
+/// Every kernel that the operations can give a device with these capabilities. An operation adds its own here; the tests
+/// of Metal hold this list against the files in wgsl/.
+pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
+    let dropout = [1, 4].map(dropout::kernel).to_vec();
+    [attention::tiles::kernels(capabilities), linear::tiles::kernels(capabilities), dropout].concat()
+}
+
 /// A bias (N) that a layer may be without.
 #[derive(ExtensionType, Clone, Debug)]
 pub enum Bias<B: Backend> {

@@ -99,6 +99,16 @@ pub trait DropoutOps: Backend {
 
 impl DropoutOps for Flex {}
 
+/// The kernel for rows of `columns` elements: four neighbouring columns a thread, 256 threads a workgroup.
+pub fn kernel(columns: usize) -> Kernel {
+    let (name, file) = if columns.is_multiple_of(4) {
+        ("dropout_quads", include_str!("../../wgsl/dropout_quads.wgsl"))
+    } else {
+        ("dropout", include_str!("../../wgsl/dropout.wgsl"))
+    };
+    Kernel::new(name, String::new(), vec![PHILOX, file], (256, 1, 1))
+}
+
 impl DropoutOps for CubeBackend {
     fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
         let x = into_contiguous(x);
@@ -107,15 +117,9 @@ impl DropoutOps for CubeBackend {
         let columns = shape[shape.num_dims() - 1];
         let rows = shape.num_elements() / columns.max(1);
         let groups = (rows * columns.div_ceil(4)).div_ceil(256) as u32;
-        let (name, file) = if columns.is_multiple_of(4) {
-            ("dropout_quads", include_str!("../../wgsl/dropout_quads.wgsl"))
-        } else {
-            ("dropout", include_str!("../../wgsl/dropout.wgsl"))
-        };
-        let kernel = Kernel::new(name, String::new(), vec![PHILOX, file], (256, 1, 1));
         let mut params = vec![rows as u32, columns as u32];
         params.extend(dropout.params());
-        kernel.launch(fold(groups), &[&x, &y], &params);
+        kernel(columns).launch(fold(groups), &[&x, &y], &params);
         y
     }
 }

@@ -159,6 +159,25 @@ pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, 
     }
 }
 
+/// Every kernel of attention that a device with these capabilities can be given.
+pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
+    let mut kernels = Vec::new();
+    for f16_storage in [false, true] {
+        for head_dim in HEAD_DIMS {
+            for variant in supported(capabilities, f16_storage) {
+                for pass in [Pass::Forward, Pass::Dq, Pass::Dkv] {
+                    kernels
+                        .extend([false, true].map(|dropout| kernel(pass, variant, head_dim, f16_storage, dropout).0));
+                }
+            }
+            if !f16_storage || capabilities.f16 {
+                kernels.push(delta_kernel(head_dim, f16_storage).0);
+            }
+        }
+    }
+    kernels
+}
+
 /// delta = rowsum(dout · out), 64 rows a workgroup.
 pub fn delta_kernel(head_dim: usize, f16_storage: bool) -> (Kernel, u32) {
     let (enable, elem) = if f16_storage { ("enable f16;\n", "f16") } else { ("", "f32") };

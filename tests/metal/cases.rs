@@ -1,0 +1,124 @@
+//! What is executed: one file an operation. A `Case` is a launch with its buffers and what must be in them afterwards.
+
+mod attention;
+mod dropout;
+
+use gpt_wgpu::kernel::Kernel;
+use half::f16;
+
+/// Every case of every operation.
+pub fn all() -> Vec<Case> {
+    [attention::cases(), dropout::cases()].concat()
+}
+
+/// A grid of two rows, as `kernel::fold` makes of very many groups; one group too many where they are odd.
+pub fn two_rows(groups: u32) -> (u32, u32, u32) {
+    (groups.div_ceil(2), 2, 1)
+}
+
+/// One launch.
+#[derive(Clone)]
+pub struct Case {
+    pub kernel: Kernel,
+    /// The shape, for people.
+    pub what: String,
+    /// Workgroups.
+    pub grid: (u32, u32, u32),
+    /// In the order of the bindings.
+    pub buffers: Vec<Buffer>,
+    /// The words of the uniform.
+    pub params: Vec<u32>,
+}
+
+/// What inputs of about 1 leave of a sum that should vanish, in f16, is below the tolerances of this.
+const LEAST: f64 = 1e-3;
+
+/// A buffer's type of element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Elem {
+    F32,
+    F16,
+    /// i32 or u32.
+    Int,
+}
+
+/// A buffer before and after the launch.
+#[derive(Clone)]
+pub struct Buffer {
+    pub name: &'static str,
+    pub elem: Elem,
+    pub before: Vec<f64>,
+    /// A NaN: the element must be as it was before.
+    pub want: Vec<f64>,
+    /// Relative to the wanted value, and to the root mean square of all that are wanted, which counts for at least
+    /// [`LEAST`].
+    pub tolerance: f64,
+}
+
+impl Buffer {
+    /// A buffer that is only read.
+    pub fn input(name: &'static str, elem: Elem, values: &[f64]) -> Self {
+        Self { name, elem, before: values.to_vec(), want: vec![f64::NAN; values.len()], tolerance: 0.0 }
+    }
+
+    /// A buffer of NaN that is only written; where `want` is NaN, not even that.
+    pub fn output(name: &'static str, elem: Elem, want: Vec<f64>, tolerance: f64) -> Self {
+        Self { name, elem, before: vec![f64::NAN; want.len()], want, tolerance }
+    }
+
+    /// The content before the launch.
+    pub fn bytes(&self) -> Vec<u8> {
+        let value = |v: &f64| match self.elem {
+            _ if v.is_nan() => vec![0xff; self.elem.bytes()],
+            Elem::F32 => (*v as f32).to_le_bytes().to_vec(),
+            Elem::F16 => f16::from_f64(*v).to_le_bytes().to_vec(),
+            Elem::Int => (*v as i64 as u32).to_le_bytes().to_vec(),
+        };
+        self.before.iter().flat_map(value).collect()
+    }
+
+    /// What is wrong with the content after the launch.
+    pub fn difference(&self, after: &[u8]) -> Option<String> {
+        let before = self.bytes();
+        let finite: Vec<f64> = self.want.iter().copied().filter(|v| !v.is_nan()).collect();
+        let rms = (finite.iter().map(|v| v * v).sum::<f64>() / finite.len().max(1) as f64).sqrt().max(LEAST);
+        let size = self.elem.bytes();
+        let place = |i: usize| i * size..(i + 1) * size;
+        self.want.iter().enumerate().find_map(|(i, want)| {
+            let got = self.elem.value(&after[place(i)]);
+            if want.is_nan() {
+                let touched = after[place(i)] != before[place(i)];
+                return touched.then(|| format!("{}[{i}] must stay untouched, and is {got}", self.name));
+            }
+            let near = (got - want).abs() <= self.tolerance * (rms + want.abs());
+            (!near).then(|| format!("{}[{i}] is {got}, wanted {want} (within {:e})", self.name, self.tolerance))
+        })
+    }
+}
+
+impl Elem {
+    fn bytes(self) -> usize {
+        if self == Self::F16 { 2 } else { 4 }
+    }
+
+    fn value(self, bytes: &[u8]) -> f64 {
+        match (self, bytes) {
+            (Self::F32, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
+            (Self::Int, &[a, b, c, d]) => f64::from(i32::from_le_bytes([a, b, c, d])),
+            (Self::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f64(),
+            _ => f64::NAN,
+        }
+    }
+}
+
+#[test]
+fn the_comparer_fails_on_a_wrong_value_a_nan_and_a_touched_element() {
+    for elem in [Elem::F32, Elem::F16, Elem::Int] {
+        let buffer = Buffer::output("y", elem, vec![4.0, -2.0, f64::NAN], 1e-3);
+        let content = |values: [f64; 3]| Buffer::input("y", elem, &values).bytes();
+        assert_eq!(buffer.difference(&content([4.0, -2.0, f64::NAN])), None);
+        assert!(buffer.difference(&content([4.0, -3.0, f64::NAN])).unwrap().starts_with("y[1] is -3"));
+        assert!(buffer.difference(&content([4.0, f64::NAN, f64::NAN])).unwrap().starts_with("y[1]"));
+        assert!(buffer.difference(&content([4.0, -2.0, 0.0])).unwrap().starts_with("y[2] must stay untouched"));
+    }
+}

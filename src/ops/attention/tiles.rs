@@ -3,7 +3,7 @@
 //! Every row was measured on an NVIDIA H200 against its neighbours (docs/measurements/attention-h200.md); the rows for edge 8
 //! are a start, not measured on any Mac. Small tiles win: 16 keys a tile beat 32, and less workgroup memory beats more.
 
-use crate::kernel::{Kernel, PHILOX, SUBGROUP_SIZE};
+use crate::kernel::{Capabilities, Kernel, PHILOX, SUBGROUP_SIZE};
 pub use crate::kernel::{Variant, supported};
 
 /// Head dimensions that the kernels exist for; others take the composed version.

@@ -18,13 +18,12 @@ use crate::checkpoint::read;
 use crate::config::Config;
 use crate::data::{Batch, Dataset, Split};
 use crate::device::{self, Chosen};
-use crate::kernel::{self, Kernels};
+use crate::kernel::{self, Kernels, Variant};
 use crate::model::{Gpt, GptConfig};
-use crate::ops::attention;
-use crate::ops::attention::tiles::{self, Variant};
 use crate::ops::linear::Gelu;
 use crate::optim::{self, Optimizer};
-use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, Mfu, Timer};
+use crate::profile::{self, Profile};
+use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, Mfu, Op, Timer};
 use crate::rng;
 use crate::train::{self, Step};
 
@@ -44,6 +43,8 @@ pub struct Bench<'a> {
     pub iters: usize,
     /// Whether to measure the device's matrix peak too.
     pub peak: bool,
+    /// Whether to take one more step apart by kernel.
+    pub ops: bool,
     /// When the program started.
     pub started: Instant,
 }
@@ -51,11 +52,11 @@ pub struct Bench<'a> {
 /// Micro-batches that are made, and used in turn.
 const BATCHES: u64 = 8;
 
-/// Measures.
+/// Measures. The second is the step that was taken apart, where that was asked for.
 ///
 /// # Errors
 /// When the data is bad, the device fails, or a loss is no number: times of wrong work mean nothing.
-pub fn run(bench: &Bench) -> Result<BenchReport> {
+pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     let Bench { config, chosen, .. } = bench;
     let device = chosen.device.clone().autodiff();
     let batches = (0..BATCHES).map(|position| tokens(bench, position, &device)).collect::<Result<Vec<_>>>()?;
@@ -101,7 +102,21 @@ pub fn run(bench: &Bench) -> Result<BenchReport> {
     report.commit = option_env!("GPT_WGPU_COMMIT").map(String::from);
     report.products = products;
     report.kernels = Some(kernels(chosen));
-    report.mfu_measured = if bench.peak { Some(mfu(matrix(chosen)?)) } else { None };
+    let peak = if bench.peak { Some(matrix(chosen)?) } else { None };
+    let profile = if bench.ops && chosen.adapter.is_some() {
+        let peaks = match &peak {
+            Some(peak) => Some((peak.per_second, bandwidth(chosen)?.per_second)),
+            None => None,
+        };
+        let lr = optim::learning_rate(&config.optim, 0);
+        let (stepped, profile) =
+            profile::of(report.median_ms, peaks, || step.run(model, &mut optimizer, &mut position, lr));
+        stepped?;
+        Some(profile)
+    } else {
+        None
+    };
+    report.mfu_measured = peak.map(mfu);
     report.mfu_published = published(&report.device.name, dtype).map(mfu);
     report.time_to_first_step_s = first_step;
     report.peak_memory_bytes = memory;
@@ -112,7 +127,22 @@ pub fn run(bench: &Bench) -> Result<BenchReport> {
     let dataset = bench.data.map(|_| format!("tokens of {}", config.data.dataset));
     report.data = Some(dataset.unwrap_or_else(|| "random tokens".into()));
     report.losses = Some(losses);
-    Ok(report)
+    report.ops = profile.as_ref().map(ops);
+    Ok((report, profile))
+}
+
+/// The profile as the report's operations.
+fn ops(profile: &Profile) -> Vec<Op> {
+    let rate = |amount: f64, ms: f64| Some(amount / ms * 1e3).filter(|rate| rate.is_finite() && *rate > 0.0);
+    let op = |row: &profile::Row| Op {
+        name: row.name.clone(),
+        count: row.count,
+        ms: row.ms,
+        percent: 100.0 * row.ms / profile.step_ms,
+        flops_per_s: rate(row.flops, row.ms),
+        bytes_per_s: rate(row.bytes, row.ms),
+    };
+    profile.rows.iter().map(op).collect()
 }
 
 /// tokens and targets, each (B, T), of one micro-batch.
@@ -136,7 +166,7 @@ fn tokens(bench: &Bench, position: u64, device: &burn::tensor::Device) -> Result
 /// The element type of the matrix products, and what it leaves out.
 fn products(chosen: &Chosen) -> (Dtype, Option<String>) {
     let halves = |variant: &Variant| matches!(variant, Variant::Coop { f16: true, .. });
-    let supported = tiles::supported(&chosen.capabilities, false);
+    let supported = kernel::supported(&chosen.capabilities, false);
     let coop = supported.iter().find(|variant| matches!(variant, Variant::Coop { .. }));
     if kernel::choice() == Kernels::Coop && coop.is_some_and(halves) {
         let words = "f16 inputs and f32 sums where there are kernels on matrix units, else f32; f32 weights";
@@ -147,7 +177,7 @@ fn products(chosen: &Chosen) -> (Dtype, Option<String>) {
 
 fn kernels(chosen: &Chosen) -> String {
     match chosen.adapter {
-        Some(_) => attention::describe(&chosen.capabilities),
+        Some(_) => kernel::describe(&chosen.capabilities),
         None => "Burn's Flex backend".into(),
     }
 }

@@ -230,6 +230,7 @@ fn capabilities(adapter: &wgpu::Adapter) -> Capabilities {
         subgroup_size: exact.then_some(if apple { 32 } else { info.subgroup_max_size }),
         matrices,
         f16: adapter.features().contains(wgpu::Features::SHADER_F16),
+        int64: adapter.features().contains(wgpu::Features::SHADER_INT64),
     }
 }
 

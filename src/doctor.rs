@@ -14,8 +14,8 @@ use serde::Serialize;
 use crate::bench;
 use crate::checkpoint::read;
 use crate::device::Chosen;
-use crate::kernel::{self, Kernels};
-use crate::ops::attention::tiles::{self, HEAD_DIMS, Pass, Variant};
+use crate::kernel::{self, Kernels, Variant};
+use crate::ops::attention::tiles::{self, HEAD_DIMS, Pass};
 use crate::ops::linear::linear;
 use crate::twins::distance;
 
@@ -142,7 +142,7 @@ fn beds(chosen: &Chosen) -> Vec<(Kernels, &'static str, f64, &'static str)> {
     let scalar = "train with --kernels composed or --device cpu, update the driver, and report it with this output";
     let coop = "do not use --kernels coop here; the default does not. Report it with this output";
     let mut beds = vec![(Kernels::Composed, "composed", 2e-5, REPORT), (Kernels::Scalar, "scalar", 2e-5, scalar)];
-    let supported = tiles::supported(&chosen.capabilities, false);
+    let supported = kernel::supported(&chosen.capabilities, false);
     if let Some(Variant::Coop { f16, .. }) = supported.iter().find(|variant| matches!(variant, Variant::Coop { .. })) {
         // f16 inputs carry 11 bits, and the sums have up to a few hundred terms.
         beds.push((Kernels::Coop, "coop", if *f16 { 3e-2 } else { 2e-5 }, coop));

@@ -4,8 +4,11 @@
 //! every file under `wgsl/` stays plain WGSL. Sizes that change from call to call travel in one uniform, bound last: only a
 //! uniform is uniform enough for cooperative matrices, and CubeCL caches it by value.
 
+pub mod lanes;
+
 use std::sync::{PoisonError, RwLock};
 
+use burn::tensor::DType;
 use burn_cubecl::{CubeDevice, tensor::CubeTensor};
 use cubecl::{
     CubeKernel,
@@ -15,6 +18,8 @@ use cubecl::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::profile;
+
 /// The text of a kernel and the size of its workgroup. The entry point is `main`.
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -22,19 +27,63 @@ pub struct Kernel {
     header: String,
     files: Vec<&'static str>,
     workgroup: (u32, u32, u32),
+    /// Whether the device's shaders have 64-bit integers; known at the launch.
+    int64: bool,
+    /// What the launch computes, for profiles.
+    work: Work,
 }
+
+/// What a launch computes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    /// Floating-point operations of its products, 0 where memory is what counts.
+    pub flops: f64,
+    /// Rows, columns and depth of a product.
+    pub sizes: Option<[usize; 3]>,
+}
+
+/// The random generator, which is written over a multiplication that devices have or have not.
+pub const PHILOX: &str = include_str!("../wgsl/philox.wgsl");
 
 impl Kernel {
     /// `name` must be unique for `files`; `header` is prepended to them.
     pub fn new(name: &'static str, header: String, files: Vec<&'static str>, workgroup: (u32, u32, u32)) -> Self {
-        Self { name, header, files, workgroup }
+        Self { name, header, files, workgroup, int64: false, work: Work::default() }
+    }
+
+    /// The same kernel for a device whose shaders have, or have not, 64-bit integers.
+    pub fn with_int64(self, int64: bool) -> Self {
+        Self { int64, ..self }
+    }
+
+    /// The same kernel with what its launch computes.
+    pub fn with_work(self, work: Work) -> Self {
+        Self { work, ..self }
+    }
+
+    /// The name that it was made with.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Threads of a workgroup.
+    pub fn workgroup(&self) -> (u32, u32, u32) {
+        self.workgroup
     }
 
     /// The whole WGSL text that is compiled.
     pub fn text(&self) -> String {
         let mut text = self.header.clone();
-        for file in &self.files {
+        for &file in &self.files {
             text.push('\n');
+            if file == PHILOX {
+                text.push_str(if self.int64 {
+                    include_str!("../wgsl/multiply_high_u64.wgsl")
+                } else {
+                    include_str!("../wgsl/multiply_high_u32.wgsl")
+                });
+                text.push('\n');
+            }
             text.push_str(file);
         }
         text
@@ -59,10 +108,18 @@ impl Kernel {
     ///
     /// The caller guarantees what the kernel's file states of its bindings: CubeCL's WGSL path checks no bounds.
     pub fn launch(self, grid: (u32, u32, u32), tensors: &[&CubeTensor], params: &[u32]) {
+        let client = &tensors[0].client;
+        let kernel = Self { int64: with_capabilities(tensors[0], |device| device.int64), ..self };
         let buffers = tensors.iter().map(|t| t.handle.clone().binding()).collect();
         let mut arguments = KernelArguments::new().with_buffers(buffers);
         arguments.info = MetadataBindingInfo::custom(pack(params));
-        tensors[0].client.launch(Box::new(self), CubeCount::Static(grid.0, grid.1, grid.2), arguments);
+        let launch = |kernel| client.launch(Box::new(kernel), CubeCount::Static(grid.0, grid.1, grid.2), arguments);
+        if profile::is_on() {
+            let bytes = tensors.iter().map(|t| t.meta.shape().num_elements() * t.dtype.size()).sum();
+            profile::record(client, kernel.name, kernel.work, bytes, || launch(kernel));
+        } else {
+            launch(kernel);
+        }
     }
 }
 
@@ -85,6 +142,8 @@ pub struct Capabilities {
     pub matrices: Vec<(u32, bool)>,
     /// Whether shaders have f16.
     pub f16: bool,
+    /// Whether shaders have 64-bit integers.
+    pub int64: bool,
 }
 
 /// Which kernels the user wants.
@@ -102,6 +161,89 @@ pub enum Kernels {
     Coop,
 }
 
+/// How products are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Variant {
+    /// f32 arithmetic, no subgroups: runs everywhere.
+    Scalar,
+    /// Cooperative matrices of this edge; what is multiplied is f16 or f32, sums are f32.
+    Coop {
+        /// Rows and columns of a matrix, 8 or 16.
+        edge: u32,
+        /// Whether f16 is multiplied, else f32.
+        f16: bool,
+    },
+}
+
+impl Variant {
+    /// Whether f32 tensors lose bits before they are multiplied.
+    pub fn rounds_f32(self) -> bool {
+        matches!(self, Self::Coop { f16: true, .. })
+    }
+}
+
+impl std::fmt::Display for Variant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Scalar => f.write_str("scalar f32"),
+            Self::Coop { edge, f16 } => {
+                let products = if *f16 { "f16" } else { "f32" };
+                write!(f, "{edge}x{edge} cooperative matrices, products in {products}")
+            }
+        }
+    }
+}
+
+/// Exact size of a subgroup that the cooperative kernels are made for.
+pub const SUBGROUP_SIZE: u32 = 32;
+
+/// The variants that a device can run, best first, for tensors of f16 (or f32).
+pub fn supported(capabilities: &Capabilities, f16_storage: bool) -> Vec<Variant> {
+    const ALL: [Variant; 4] = [
+        Variant::Coop { edge: 16, f16: true },
+        Variant::Coop { edge: 8, f16: true },
+        Variant::Coop { edge: 8, f16: false },
+        Variant::Scalar,
+    ];
+    let can = |variant: &Variant| match *variant {
+        Variant::Scalar => !f16_storage || capabilities.f16,
+        Variant::Coop { edge, f16 } => {
+            let has = capabilities.matrices.contains(&(edge, f16));
+            has && capabilities.subgroup_size == Some(SUBGROUP_SIZE) && (f16 || !f16_storage)
+        }
+    };
+    ALL.into_iter().filter(can).collect()
+}
+
+/// `auto` multiplies f32 tensors in f32, and does not take edge 8 by itself: no Mac has run it yet.
+fn pick(choice: Kernels, supported: &[Variant], f16_storage: bool) -> Option<Variant> {
+    let coop = |v: &&Variant| matches!(v, Variant::Coop { .. });
+    let found = match choice {
+        Kernels::Composed => None,
+        Kernels::Scalar => supported.iter().find(|v| **v == Variant::Scalar),
+        Kernels::Coop => supported.iter().find(coop).or(supported.first()),
+        Kernels::Auto if f16_storage => supported.iter().find(|v| !matches!(v, Variant::Coop { edge: 8, .. })),
+        Kernels::Auto => supported.iter().find(|v| **v == Variant::Scalar),
+    };
+    found.copied()
+}
+
+/// The kernels that serve `tensor` under the user's choice; none: the composed version.
+pub fn variant(tensor: &CubeTensor) -> Option<Variant> {
+    let f16 = match tensor.dtype {
+        DType::F16 => true,
+        DType::F32 => false,
+        _ => return None,
+    };
+    with_capabilities(tensor, |device| pick(choice(), &supported(device, f16), f16))
+}
+
+/// What will run on a device with these capabilities, for the line at start-up.
+pub fn describe(capabilities: &Capabilities) -> String {
+    let variant = pick(choice(), &supported(capabilities, false), false);
+    variant.map_or("kernels: Burn's own".to_string(), |variant| format!("kernels: {variant}"))
+}
+
 /// The devices that were opened, and the choice for this process.
 static DEVICES: RwLock<Vec<(CubeDevice, Capabilities)>> = RwLock::new(Vec::new());
 static CHOICE: RwLock<Kernels> = RwLock::new(Kernels::Auto);
@@ -113,9 +255,16 @@ pub fn register(device: CubeDevice, capabilities: Capabilities) {
 
 /// The capabilities of a tensor's device; nothing special where it was opened by other means than [`crate::device`].
 pub fn capabilities(tensor: &CubeTensor) -> Capabilities {
+    with_capabilities(tensor, Capabilities::clone)
+}
+
+/// What `look` sees in the capabilities of a tensor's device, without a copy of them: every launch asks.
+fn with_capabilities<T>(tensor: &CubeTensor, look: impl FnOnce(&Capabilities) -> T) -> T {
     let devices = DEVICES.read().unwrap_or_else(PoisonError::into_inner);
-    let known = devices.iter().find(|(device, _)| *device == tensor.device);
-    known.map(|(_, capabilities)| capabilities.clone()).unwrap_or_default()
+    match devices.iter().find(|(device, _)| *device == tensor.device) {
+        Some((_, capabilities)) => look(capabilities),
+        None => look(&Capabilities::default()),
+    }
 }
 
 /// Chooses the kernels of this process.
@@ -139,10 +288,11 @@ impl KernelMetadata for Kernel {
     fn id(&self) -> KernelId {
         // The mode that counts is the identity's, and it defaults to Checked: bounded loops, which no compiler unrolls. The
         // cooperative attention kernels are three times slower that way.
-        KernelId::new::<Self>()
-            .cube_dim(self.workgroup.into())
-            .mode(ExecutionMode::Unchecked)
-            .info((self.name, self.header.clone()))
+        KernelId::new::<Self>().cube_dim(self.workgroup.into()).mode(ExecutionMode::Unchecked).info((
+            self.name,
+            self.header.clone(),
+            self.int64,
+        ))
     }
 
     fn address_type(&self) -> cubecl::ir::ElemType {
@@ -169,8 +319,13 @@ pub fn empty_like(tensor: &CubeTensor) -> CubeTensor {
 
 /// A contiguous tensor of `shape` with undefined content, of `tensor`'s element type and on its device.
 pub fn empty(tensor: &CubeTensor, shape: burn::tensor::Shape) -> CubeTensor {
-    let buffer = tensor.client.empty(shape.num_elements() * tensor.dtype.size());
-    CubeTensor::new_contiguous(tensor.client.clone(), tensor.device.clone(), shape, buffer, tensor.dtype)
+    empty_of(tensor, shape, tensor.dtype)
+}
+
+/// A contiguous tensor of `shape` and `dtype` with undefined content, on `tensor`'s device.
+pub fn empty_of(tensor: &CubeTensor, shape: burn::tensor::Shape, dtype: DType) -> CubeTensor {
+    let buffer = tensor.client.empty(shape.num_elements() * dtype.size());
+    CubeTensor::new_contiguous(tensor.client.clone(), tensor.device.clone(), shape, buffer, dtype)
 }
 
 #[cfg(test)]

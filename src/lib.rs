@@ -35,6 +35,8 @@ pub mod optim;
 pub mod parameters;
 /// Text files and downloads to token files.
 pub mod prepare;
+/// One step taken apart by kernel.
+pub mod profile;
 /// One measurement as a versioned JSON report.
 pub mod report;
 /// Random numbers as a function of where they are used.

@@ -6,7 +6,7 @@ use burn::tensor::{Gradients, Tensor};
 
 use crate::config::OptimConfig;
 use crate::model::Gpt;
-use crate::ops::adamw::{AdamW, adamw, square_sum};
+use crate::ops::adamw::{AdamW, adamw, global_norm};
 use crate::parameters;
 
 /// A parameter's GPT-2 name, such as `h.0.attn.c_attn.weight`.
@@ -63,15 +63,6 @@ impl GradientSum {
         parameters::visit(model, &mut Add { sum, gradients });
     }
 
-    /// √(Σ g²) over everything, (1), on the device.
-    pub fn norm(&self) -> Option<Tensor<1>> {
-        let squares: Vec<_> = self.sum.values().cloned().map(square_sum).collect();
-        if squares.is_empty() {
-            return None;
-        }
-        Some(Tensor::cat(squares, 0).sum().sqrt())
-    }
-
     /// One parameter's gradient.
     pub fn get(&self, name: &str) -> Option<&Tensor<1>> {
         self.sum.get(name)
@@ -89,15 +80,10 @@ impl Optimizer {
         config: &OptimConfig,
         lr: f64,
     ) -> (Gpt, Option<Tensor<1>>) {
-        let Some(norm) = gradients.norm() else {
+        let Some((norm, scale)) = global_norm(gradients.sum.values(), config.grad_clip) else {
             return (model, None);
         };
         self.step += 1;
-        let scale = if config.grad_clip > 0.0 {
-            (norm.clone() + 1e-6).recip().mul_scalar(config.grad_clip).clamp_max(1.0)
-        } else {
-            norm.ones_like()
-        };
         let mut update = Update { optimizer: self, gradients, config, lr, scale };
         (parameters::map(model, &mut update), Some(norm))
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
@@ -15,6 +15,7 @@ use crate::metrics::{NANOGPT_PEAK, Record, Reporter};
 use crate::model::{Gpt, GptConfig};
 use crate::ops::dropout::Dropout;
 use crate::optim::{self, GradientSum, Optimizer};
+use crate::profile;
 
 /// What a run starts from.
 pub enum Start {
@@ -58,8 +59,19 @@ pub struct Run<'a> {
     pub start: Start,
     /// Prints nothing but errors.
     pub quiet: bool,
+    /// Takes one step apart and prints what its kernels cost.
+    pub profile: bool,
     /// Set from outside to end the run after the current step.
     pub stop: &'a AtomicBool,
+}
+
+/// With --profile: the iterations, counted from the run's first, that are timed whole and taken apart.
+const TIMED: u64 = 9;
+const PROFILED: u64 = 10;
+
+/// Waits until the device has done everything that was queued.
+fn sync(device: &Device) -> Result<()> {
+    device.sync().map_err(|error| anyhow!("the device failed: {error:?}"))
 }
 
 /// Trains, and returns the model with how the run ended.
@@ -80,6 +92,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
         Ok(upload(&batch, batch_size, &device))
     };
     let step = Step { config, batch: &batch };
+    let (first_iter, mut undisturbed_ms) = (state.step, 0.0);
     let mut timed = Timer::start();
 
     let ended = loop {
@@ -119,7 +132,26 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
             timed.resume();
         }
 
-        let (updated, stepped) = step.run(model, &mut optimizer, &mut state.position, lr)?;
+        let mut advance = |model| step.run(model, &mut optimizer, &mut state.position, lr);
+        let (updated, stepped) = match iter - first_iter {
+            // The step before shows what one takes undisturbed; both wait for the device, and count in no time that is logged.
+            TIMED if run.profile => {
+                timed.pause();
+                sync(run.device)?;
+                let started = Instant::now();
+                let stepped = advance(model)?;
+                sync(run.device)?;
+                undisturbed_ms = started.elapsed().as_secs_f64() * 1e3;
+                stepped
+            }
+            PROFILED if run.profile => {
+                let (stepped, profile) = profile::of(undisturbed_ms, None, || advance(model));
+                report.line(&profile.to_string());
+                timed.resume();
+                stepped?
+            }
+            _ => advance(model)?,
+        };
         model = updated;
         state.step += 1;
         timed.iters += 1;

@@ -3,9 +3,8 @@
 
 mod common;
 
-use burn::backend::DispatchTensorKind;
-use burn::tensor::{DType, Device, Shape, Tensor};
-use burn_cubecl::tensor::CubeTensor;
+use burn::tensor::Device;
+use common::guarded::{Guarded, primitive};
 use common::twins::{self, AttentionShape};
 use common::*;
 use gpt_wgpu::kernel::{self, Kernels};
@@ -15,49 +14,8 @@ use gpt_wgpu::ops::dropout::Dropout;
 
 const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 0xfeed_beef_cafe, step: 3, site: 0x101 };
 
-/// Floats before and after every output that no kernel may touch; 256 bytes is the largest binding alignment.
-const GUARD: usize = 64;
-
 fn shape(batch: usize, time: usize, heads: usize, head_dim: usize) -> AttentionShape {
     AttentionShape { batch, time, heads, head_dim }
-}
-
-fn primitive<const D: usize>(tensor: Tensor<D>) -> CubeTensor {
-    match tensor.into_dispatch().kind {
-        DispatchTensorKind::Cube(tensor) => tensor.float(),
-        _ => panic!("not a GPU tensor"),
-    }
-}
-
-/// An output inside a larger buffer of NaN.
-struct Guarded {
-    whole: Tensor<1>,
-    inside: CubeTensor,
-    count: usize,
-}
-
-impl Guarded {
-    fn new<const D: usize>(dims: [usize; D], device: &Device) -> Self {
-        let count: usize = dims.iter().product();
-        let after = GUARD + count.next_multiple_of(GUARD) - count;
-        let whole = tensor(&vec![f64::NAN; GUARD + count + after], [GUARD + count + after], device);
-        let t = primitive(whole.clone());
-        let handle = t.handle.clone().offset_start(4 * GUARD as u64).offset_end(4 * after as u64);
-        let shape = Shape::new(dims);
-        let inside = CubeTensor::new_contiguous(t.client.clone(), t.device.clone(), shape, handle, DType::F32);
-        Self { whole, inside, count }
-    }
-
-    /// The output's values, after a check that nothing around them was written.
-    #[track_caller]
-    fn values(self, what: &str) -> Vec<f64> {
-        drop(self.inside);
-        let all = values(self.whole);
-        let (inside, after) = all[GUARD..].split_at(self.count);
-        assert!(all[..GUARD].iter().all(|v| v.is_nan()), "{what}: wrote before its output");
-        assert!(after.iter().all(|v| v.is_nan()), "{what}: wrote behind its output");
-        inside.to_vec()
-    }
 }
 
 /// The variants that the adapter supports for f32 tensors, each with its tolerance relative to the root mean square.

@@ -4,7 +4,7 @@
 mod common;
 
 use burn::tensor::{Device, Tensor};
-use common::twins::{self, AttentionShape};
+use common::twins::{self, AttentionShape, EmbeddingShape};
 use common::*;
 use gpt_wgpu::ops::attention::causal_attention;
 use gpt_wgpu::ops::cross_entropy::cross_entropy;
@@ -180,17 +180,9 @@ fn embedding_sums_and_scatters() {
         let (tt, pt) = (leaf(&wte, [vocab, c], &device), leaf(&wpe, [block_size, c], &device));
         let ids = int_tensor(&tokens, [batch, time], &device.clone().autodiff());
         let x = embedding(ids, tt.clone(), pt.clone(), DROPOUT);
-        let factors = DROPOUT.factors(batch * time, c);
-        let (mut want, mut dwte, mut dwpe) = (Vec::new(), vec![0.0; wte.len()], vec![0.0; wpe.len()]);
-        for (row, &token) in tokens.iter().enumerate() {
-            for i in 0..c {
-                let factor = f64::from(factors[row * c + i]);
-                let (t, p) = (token as usize * c + i, row % time * c + i);
-                want.push((wte[t] + wpe[p]) * factor);
-                dwte[t] += dx[row * c + i] * factor;
-                dwpe[p] += dx[row * c + i] * factor;
-            }
-        }
+        let s = EmbeddingShape { time, vocab, block_size, channels: c };
+        let want = twins::embedding(&tokens, &wte, &wpe, s, DROPOUT);
+        let [dwte, dwpe] = twins::embedding_backward(&dx, &tokens, s, DROPOUT);
         assert_close_tensor(&format!("{name} x"), x.clone().inner(), &want, TOLERANCE);
         let grads = backward(x, &dx, &device);
         assert_close_tensor(&format!("{name} dwte"), tt.grad(&grads).unwrap(), &dwte, TOLERANCE);
@@ -256,6 +248,12 @@ fn the_twins_agree_with_central_differences() {
     let [dx, dw, _] = twins::layer_norm_backward(&dy, &x, &w, 4);
     check("layer_norm dx", &|x| dot(&twins::layer_norm(x, &w, None, 4).0, &dy), &x, &dx);
     check("layer_norm dw", &|w| dot(&twins::layer_norm(&x, w, None, 4).0, &dy), &w, &dw);
+
+    let s = EmbeddingShape { time: 3, vocab: 4, block_size: 5, channels: 3 };
+    let (wte, wpe, dx, tokens) = (random.vec(4 * 3), random.vec(5 * 3), random.vec(6 * 3), [1, 3, 1, 0, 1, 1]);
+    let [dwte, dwpe] = twins::embedding_backward(&dx, &tokens, s, DROPOUT);
+    check("embedding dwte", &|wte| dot(&twins::embedding(&tokens, wte, &wpe, s, DROPOUT), &dx), &wte, &dwte);
+    check("embedding dwpe", &|wpe| dot(&twins::embedding(&tokens, &wte, wpe, s, DROPOUT), &dx), &wpe, &dwpe);
 
     let (x, w, targets) = (random.vec(3 * 4), random.vec(5 * 4), [1, -1, 4]);
     let (_, dx, dw) = twins::cross_entropy(&x, &w, &targets, 4, 5);

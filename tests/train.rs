@@ -62,7 +62,7 @@ impl Bench {
             Start::Scratch(config.gpt(data.vocab_size()))
         };
         let stop = AtomicBool::new(false);
-        let run = Run { device, data: &data, tokenizer: None, start, quiet: true, stop: &stop };
+        let run = Run { device, data: &data, tokenizer: None, start, quiet: true, profile: false, stop: &stop };
         let (_, ended) = train::run(config, run).unwrap();
         assert_eq!(ended, Ended::Finished);
     }

@@ -3,22 +3,12 @@
 //   00000000 x4; 00000000 x2                                            -> 6627e8d5 e169c58d bc57ac4c 9b00dbd8
 //   ffffffff x4; ffffffff x2                                            -> 408f276d 41c83b0e a20bc7c6 6d5451fd
 //   243f6a88 85a308d3 13198a2e 03707344; a4093822 299f31d0              -> d16cfe09 94fdcceb 5001e420 24126ea1
-// It expects no constants and binds nothing.
+// Prepend multiply_high_u64.wgsl, or multiply_high_u32.wgsl where shaders have no 64-bit integers. It expects no constants and
+// binds nothing.
 
 const PHILOX_MULTIPLIER_0: u32 = 0xd2511f53u;
 const PHILOX_MULTIPLIER_1: u32 = 0xcd9e8d57u;
 const PHILOX_WEYL: vec2<u32> = vec2<u32>(0x9e3779b9u, 0xbb67ae85u);
-
-// The upper 32 bits of a * b. WGSL has no such instruction: it is put together from products of 16-bit halves.
-fn multiply_high(a: u32, b: u32) -> u32 {
-    let a_low = a & 0xffffu;
-    let a_high = a >> 16u;
-    let b_low = b & 0xffffu;
-    let b_high = b >> 16u;
-    let low_high = a_low * b_high + ((a_low * b_low) >> 16u);
-    let high_low = a_high * b_low + (low_high & 0xffffu);
-    return a_high * b_high + (low_high >> 16u) + (high_low >> 16u);
-}
 
 fn philox4x32(counter: vec4<u32>, key: vec2<u32>) -> vec4<u32> {
     var state = counter;

@@ -13,7 +13,6 @@ use crate::corpus;
 use crate::data::Dataset;
 use crate::device;
 use crate::kernel;
-use crate::ops::attention;
 use crate::prepare::Source;
 use crate::report::{BenchReport, Mfu};
 use crate::tokenizer::{CharTokenizer, GPT2_PADDED_VOCAB};
@@ -34,6 +33,9 @@ pub struct BenchArgs {
     /// Leave out the device's matrix peak, and so the fraction of it that training reaches
     #[arg(long)]
     no_peak: bool,
+    /// Take one more step apart: launches, time and rate of every kernel
+    #[arg(long)]
+    ops: bool,
     #[command(flatten)]
     flags: Config,
 }
@@ -59,15 +61,16 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
         ensure!(folder.is_dir(), "--json: there is no folder {}", folder.display());
     }
     let chosen = device::choose(config.train.device.parse()?)?;
+    ensure!(!args.ops || chosen.adapter.is_some(), "--ops takes kernels of a GPU apart; the CPU has none of ours");
     kernel::choose(config.train.kernels);
     let mut stdout = std::io::stdout(); // a closed pipe (`| head`) is no error
     let _ = writeln!(stdout, "{chosen}");
     if chosen.adapter.is_some() {
-        let _ = writeln!(stdout, "{}", attention::describe(&chosen.capabilities));
+        let _ = writeln!(stdout, "{}", kernel::describe(&chosen.capabilities));
     }
     let data = dataset(&config)?;
     let gpt = config.gpt(data.as_ref().map_or_else(|| vocabulary(&config), |data| Ok(data.vocab_size()))?);
-    let report = bench::run(&Bench {
+    let (report, profile) = bench::run(&Bench {
         config: &config,
         gpt,
         chosen: &chosen,
@@ -75,9 +78,13 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
         warmup: args.warmup,
         iters: args.iters,
         peak: !args.no_peak,
+        ops: args.ops,
         started,
     })?;
     let _ = write!(stdout, "{}", summary(&report));
+    if let Some(profile) = profile {
+        let _ = writeln!(stdout, "\n{profile}");
+    }
     if let Some(path) = &args.json {
         report.write(path)?;
     }

@@ -14,7 +14,6 @@ use crate::data::{Dataset, Split};
 use crate::device::{self, Chosen};
 use crate::kernel;
 use crate::model::GptConfig;
-use crate::ops::attention;
 use crate::prepare::{self, Source};
 use crate::sample::{Sampling, generate};
 use crate::tokenizer::{Meta, Tokenizer};
@@ -33,6 +32,9 @@ pub struct TrainArgs {
     /// Print nothing but errors
     #[arg(long, short)]
     quiet: bool,
+    /// Take iteration 10 apart: launches, time and rate of every kernel (`bench --ops` gives the device's peaks beside it)
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     flags: Config,
 }
@@ -55,7 +57,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     say(chosen.to_string());
     kernel::choose(config.train.kernels);
     if chosen.adapter.is_some() {
-        say(attention::describe(&chosen.capabilities));
+        say(kernel::describe(&chosen.capabilities));
     }
     let bare = args.config.is_none() && !given(matches, "dataset") && resumed.is_none();
     let dir = dataset(&mut config, bare, args.quiet)?;
@@ -89,6 +91,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
             tokenizer: Some(dir.join(checkpoint::META)),
             start: start.unwrap_or(Start::Scratch(gpt)),
             quiet: args.quiet,
+            profile: args.profile,
             stop: stop_flag()?,
         },
     )?;

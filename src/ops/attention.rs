@@ -19,7 +19,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use self::tiles::{HEAD_DIMS, Pass, Variant};
 use super::dropout::{Dropout, DropoutOps};
-use crate::kernel::{self, Capabilities, Kernels, fold};
+use crate::kernel::{self, Work, fold};
 
 /// Added to the scores of the future. Finite: Metal compiles with fast math, under which infinities are not to be relied on.
 const MASKED: f32 = -1e30;
@@ -148,10 +148,7 @@ fn composed_backward<B: DropoutOps>(
 fn variant(qkv: &CubeTensor, n_head: usize) -> Option<Variant> {
     let channels = qkv.meta.shape()[2] / 3;
     let head_dim = channels / n_head;
-    let f16 = qkv.dtype == DType::F16;
-    if kernel::choice() == Kernels::Composed || !(f16 || qkv.dtype == DType::F32) {
-        return None;
-    }
+    let variant = kernel::variant(qkv)?;
     if !HEAD_DIMS.contains(&head_dim) {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
@@ -161,32 +158,7 @@ fn variant(qkv: &CubeTensor, n_head: usize) -> Option<Variant> {
         });
         return None;
     }
-    pick(kernel::choice(), &tiles::supported(&kernel::capabilities(qkv), f16), f16)
-}
-
-/// `auto` multiplies f32 tensors in f32, and does not take edge 8 by itself: no Mac has run it yet.
-fn pick(choice: Kernels, supported: &[Variant], f16: bool) -> Option<Variant> {
-    let coop = |v: &&Variant| matches!(v, Variant::Coop { .. });
-    let found = match choice {
-        Kernels::Composed => None,
-        Kernels::Scalar => supported.iter().find(|v| **v == Variant::Scalar),
-        Kernels::Coop => supported.iter().find(coop).or(supported.first()),
-        Kernels::Auto if f16 => supported.iter().find(|v| !matches!(v, Variant::Coop { edge: 8, .. })),
-        Kernels::Auto => supported.iter().find(|v| **v == Variant::Scalar),
-    };
-    found.copied()
-}
-
-/// What attention will run on a device with these capabilities, for the line at start-up.
-pub fn describe(capabilities: &Capabilities) -> String {
-    let name = match pick(kernel::choice(), &tiles::supported(capabilities, false), false) {
-        None => "composed".to_string(),
-        Some(Variant::Scalar) => "fused, scalar f32".to_string(),
-        Some(Variant::Coop { edge, f16 }) => {
-            format!("fused, {edge}x{edge} cooperative matrices, products in {}", if f16 { "f16" } else { "f32" })
-        }
-    };
-    format!("attention: {name}")
+    Some(variant)
 }
 
 /// What the cooperative kernels multiply an f32 dout by before they round it to f16, and divide out again in f32.
@@ -222,7 +194,10 @@ pub fn launch(
     let f16 = qkv.dtype == DType::F16;
     let (kernel, rows) = tiles::kernel(pass, variant, width / 3 / n_head, f16, dropout.is_on());
     let groups = batch * n_head * time.div_ceil(rows as usize);
-    kernel.launch(fold(groups as u32), tensors, &params(qkv, n_head, dropout));
+    // Two products of the lower triangle forward; backward makes five, of which dQ and dK/dV share S and dP.
+    let products = if pass == Pass::Forward { 2.0 } else { 2.5 };
+    let flops = products * (batch * width / 3) as f64 * (time as f64).powi(2);
+    kernel.with_work(Work { flops, sizes: None }).launch(fold(groups as u32), tensors, &params(qkv, n_head, dropout));
 }
 
 /// Queues delta = rowsum(dout · out) over [dout, out, delta].

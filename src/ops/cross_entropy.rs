@@ -13,10 +13,14 @@ use burn::backend::{
     backend_extension,
     tensor::{FloatTensor, IndexingUpdateOp, IntTensor},
 };
-use burn::tensor::{Int, Shape, Slice, Tensor};
-use burn_cubecl::CubeBackend;
+use std::ops::Range;
+
+use burn::tensor::{DType, Int, Shape, Slice, Tensor};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::flatten;
+use super::linear::{product::Product, tiles::Layout};
+use crate::kernel::{self, Kernel, Variant, fold};
 
 /// A target that does not count, as in PyTorch's and nanoGPT's `ignore_index=-1`.
 pub const IGNORED: i32 = -1;
@@ -29,11 +33,7 @@ const CHUNK_ELEMENTS: usize = 16 << 20;
 pub trait CrossEntropyOps: Backend {
     /// x (..., C), w (V, C), targets (rows) in 0..V or [`IGNORED`] -> loss (1).
     fn cross_entropy(x: FloatTensor<Self>, w: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
-        let x = flatten::<Self>(x);
-        let batch = Targets::<Self>::new(targets, &x);
-        let losses =
-            chunks(x.shape()[0], w.shape()[0]).map(|rows| chunk_loss::<Self>(&x, &w, &batch, rows).0).collect();
-        mean::<Self>(losses, batch.count)
+        composed_loss::<Self>(x, w, targets)
     }
 
     /// As [`CrossEntropyOps::cross_entropy`], and its gradients for a unit cotangent: (loss (1), dx (..., C), dw (V, C)).
@@ -42,30 +42,46 @@ pub trait CrossEntropyOps: Backend {
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let shape = x.shape();
-        let x = flatten::<Self>(x);
-        let batch = Targets::<Self>::new(targets, &x);
-        let (mut losses, mut dx, mut dw) = (Vec::new(), Vec::new(), None);
-        for rows in chunks(x.shape()[0], w.shape()[0]) {
-            let (loss, dlogits, x_rows) = chunk_loss::<Self>(&x, &w, &batch, rows);
-            losses.push(loss);
-            // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
-            dx.push(Self::float_matmul(dlogits.clone(), w.clone()));
-            let part = Self::float_matmul(Self::float_transpose(dlogits), x_rows);
-            dw = Some(match dw {
-                Some(sum) => Self::float_add(sum, part),
-                None => part,
-            });
-        }
-        let dx = match dx.len() {
-            1 => dx.swap_remove(0),
-            _ => Self::float_cat(dx, 0),
-        };
-        let dw = dw.unwrap_or_else(|| {
-            Self::float_zeros(w.shape(), &w.device(), w.dtype().into()) // no rows at all
-        });
-        (mean::<Self>(losses, batch.count), Self::float_reshape(dx, shape), dw)
+        composed_gradients::<Self>(x, w, targets)
     }
+}
+
+/// The loss in Burn primitives, for the GPU path to fall back on; so are the gradients.
+fn composed_loss<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
+    let x = flatten::<B>(x);
+    let batch = Targets::<B>::new(targets, &x);
+    let losses = chunks(x.shape()[0], w.shape()[0]).map(|rows| chunk_loss::<B>(&x, &w, &batch, rows).0).collect();
+    mean::<B>(losses, batch.count)
+}
+
+fn composed_gradients<B: Backend>(
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    targets: IntTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let shape = x.shape();
+    let x = flatten::<B>(x);
+    let batch = Targets::<B>::new(targets, &x);
+    let (mut losses, mut dx, mut dw) = (Vec::new(), Vec::new(), None);
+    for rows in chunks(x.shape()[0], w.shape()[0]) {
+        let (loss, dlogits, x_rows) = chunk_loss::<B>(&x, &w, &batch, rows);
+        losses.push(loss);
+        // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
+        dx.push(B::float_matmul(dlogits.clone(), w.clone()));
+        let part = B::float_matmul(B::float_transpose(dlogits), x_rows);
+        dw = Some(match dw {
+            Some(sum) => B::float_add(sum, part),
+            None => part,
+        });
+    }
+    let dx = match dx.len() {
+        1 => dx.swap_remove(0),
+        _ => B::float_cat(dx, 0),
+    };
+    let dw = dw.unwrap_or_else(|| {
+        B::float_zeros(w.shape(), &w.device(), w.dtype().into()) // no rows at all
+    });
+    (mean::<B>(losses, batch.count), B::float_reshape(dx, shape), dw)
 }
 
 /// The targets, prepared once for all chunks.
@@ -146,7 +162,97 @@ fn mean<B: Backend>(losses: Vec<FloatTensor<B>>, count: FloatTensor<B>) -> Float
 
 impl CrossEntropyOps for Flex {}
 
-impl CrossEntropyOps for CubeBackend {}
+/// Logits in one chunk on a GPU at most: 256 MiB in f32. Every chunk reads and writes dw once more.
+const GPU_CHUNK_ELEMENTS: usize = 64 << 20;
+
+/// A chunk begins where a binding may begin: at a multiple of 256 bytes.
+const CHUNK_ALIGNMENT: usize = 64;
+
+/// A one-workgroup kernel over all rows.
+fn whole(name: &'static str, file: &'static str) -> Kernel {
+    Kernel::new(name, String::new(), vec![file], (256, 1, 1))
+}
+
+/// The rows of `matrix` (..., columns) in `rows`, as a matrix over the same memory.
+fn rows_of(matrix: &CubeTensor, columns: usize, rows: &Range<usize>) -> CubeTensor {
+    let all = matrix.meta.shape().num_elements() / columns;
+    let bytes = |rows: usize| (rows * columns * matrix.dtype.size()) as u64;
+    let handle = matrix.handle.clone().offset_start(bytes(rows.start)).offset_end(bytes(all - rows.end));
+    let shape = Shape::new([rows.len(), columns]);
+    CubeTensor::new_contiguous(matrix.client.clone(), matrix.device.clone(), shape, handle, matrix.dtype)
+}
+
+/// loss (1) for x (..., C); fills dx (..., C) and dw (V, C) where they are given.
+fn fused(
+    variant: Variant,
+    x: &CubeTensor,
+    w: &CubeTensor,
+    targets: &CubeTensor,
+    gradients: Option<(&CubeTensor, &CubeTensor)>,
+) -> CubeTensor {
+    let [vocab, channels] = w.meta.shape().dims::<2>();
+    let rows = x.meta.shape().num_elements() / channels;
+    // Rows of whole quads, so that the products can move quads; the padding holds zeros once it is a gradient.
+    let stride = vocab.next_multiple_of(4);
+    let f32s = |shape: Shape| kernel::empty_of(x, shape, DType::F32);
+    let (count, losses, loss) = (f32s(Shape::new([1])), f32s(Shape::new([rows])), f32s(Shape::new([1])));
+    let counting = whole("cross_entropy_count", include_str!("../../wgsl/cross_entropy_count.wgsl"));
+    counting.launch((1, 1, 1), &[targets, &count], &[rows as u32]);
+    let chunk = (GPU_CHUNK_ELEMENTS / stride / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT).min(rows);
+    let logits = f32s(Shape::new([chunk, stride]));
+    let header = format!("const GRADIENT: bool = {};\n", gradients.is_some());
+    for start in (0..rows).step_by(chunk) {
+        let range = start..(start + chunk).min(rows);
+        let here = range.len();
+        let x = rows_of(x, channels, &range);
+        let product = Product::plain(Layout::Nt, &x, w, here, vocab, channels);
+        Product { strides: [channels, channels, stride], ..product }.launch(variant, &logits);
+        let files = vec![include_str!("../../wgsl/cross_entropy.wgsl")];
+        let kernel = Kernel::new("cross_entropy", header.clone(), files, (256, 1, 1));
+        let sizes = [here, vocab, stride, start].map(|size| size as u32);
+        kernel.launch(fold(here as u32), &[&logits, targets, &losses, &count], &sizes);
+        if let Some((dx, dw)) = gradients {
+            // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
+            let strides = [stride, channels, channels];
+            let scale = rows.next_power_of_two() as f32; // dlogits is about 1 / rows: see linear's gradient_scale
+            let product = Product::plain(Layout::Nn, &logits, w, here, channels, vocab);
+            Product { strides, scale, ..product }.launch(variant, &rows_of(dx, channels, &range));
+            let product = Product::plain(Layout::Tn, &logits, &x, vocab, channels, here);
+            Product { strides, scale, ..product }.launch_tall(variant, dw, start > 0);
+        }
+    }
+    let mean = whole("cross_entropy_mean", include_str!("../../wgsl/cross_entropy_mean.wgsl"));
+    mean.launch((1, 1, 1), &[&losses, &count, &loss], &[rows as u32]);
+    loss
+}
+
+/// The kernels for `x`, unless there are no rows, for which Burn's primitives know the answer.
+fn variant(x: &CubeTensor) -> Option<Variant> {
+    kernel::variant(x).filter(|_| x.dtype == DType::F32 && x.meta.shape().num_elements() > 0)
+}
+
+impl CrossEntropyOps for CubeBackend {
+    fn cross_entropy(x: FloatTensor<Self>, w: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        let Some(variant) = variant(&x) else {
+            return composed_loss::<Self>(x, w, targets);
+        };
+        fused(variant, &into_contiguous(x), &into_contiguous(w), &into_contiguous(targets), None)
+    }
+
+    fn cross_entropy_gradients(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let Some(variant) = variant(&x) else {
+            return composed_gradients::<Self>(x, w, targets);
+        };
+        let (x, w) = (into_contiguous(x), into_contiguous(w));
+        let (dx, dw) = (kernel::empty_like(&x), kernel::empty_of(&x, w.meta.shape().clone(), DType::F32));
+        let loss = fused(variant, &x, &w, &into_contiguous(targets), Some((&dx, &dw)));
+        (loss, dx, dw)
+    }
+}
 
 /// Parents: x, w. State: their gradients for a unit cotangent.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use burn::backend::{
 use burn::tensor::{Tensor, TensorData};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous};
 
-use crate::kernel::{Kernel, empty_like, fold};
+use crate::kernel::{Kernel, PHILOX, empty_like, fold};
 use crate::rng::philox4x32;
 
 /// One place in the model, at one step, that drops elements.
@@ -107,7 +107,7 @@ impl DropoutOps for CubeBackend {
         let columns = shape[shape.num_dims() - 1];
         let rows = shape.num_elements() / columns.max(1);
         let groups = (rows * columns.div_ceil(4)).div_ceil(256) as u32;
-        let files = vec![include_str!("../../wgsl/philox.wgsl"), include_str!("../../wgsl/dropout.wgsl")];
+        let files = vec![PHILOX, include_str!("../../wgsl/dropout.wgsl")];
         let kernel = Kernel::new("dropout", String::new(), files, (256, 1, 1));
         let mut params = vec![rows as u32, columns as u32];
         params.extend(dropout.params());

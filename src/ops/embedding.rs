@@ -10,10 +10,12 @@ use burn::backend::{
     backend_extension,
     tensor::{FloatTensor, IndexingUpdateOp, IntTensor},
 };
-use burn::tensor::{Int, Shape, Slice, Tensor};
-use burn_cubecl::CubeBackend;
+use burn::tensor::{DType, Int, Shape, Slice, Tensor};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::dropout::{Dropout, DropoutOps};
+use crate::kernel::lanes::{Lanes, serves};
+use crate::kernel::{Kernel, PHILOX, empty, fold};
 
 /// `x[b, t] = dropout(wte[token[b, t]] + wpe[t])`
 #[backend_extension(Cube, Flex, Autodiff)]
@@ -25,15 +27,7 @@ pub trait EmbeddingOps: DropoutOps {
         wpe: FloatTensor<Self>,
         dropout: Dropout,
     ) -> FloatTensor<Self> {
-        let [batch, time] = tokens.shape().dims::<2>();
-        let channels = wte.shape()[1];
-        let indices = Self::int_reshape(tokens, Shape::new([batch * time]));
-        let token = Self::float_select(wte, 0, indices);
-        let token = Self::float_reshape(token, Shape::new([batch, time, channels]));
-        let rows = [Slice::from(0..time), Slice::from(0..channels)];
-        let position = Self::float_reshape(Self::float_slice(wpe, &rows), Shape::new([1, time, channels]));
-        let x = Self::float_add(token, position);
-        if dropout.is_on() { Self::dropout(x, dropout) } else { x }
+        composed_forward::<Self>(tokens, wte, wpe, dropout)
     }
 
     /// dx (B, T, C), tokens (B, T) -> (dwte (vocab, C), dwpe (block_size, C)).
@@ -44,35 +38,170 @@ pub trait EmbeddingOps: DropoutOps {
         block_size: usize,
         dropout: Dropout,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let [batch, time, channels] = dx.shape().dims::<3>();
-        let (device, dtype) = (dx.device(), dx.dtype().into());
-        let dx = if dropout.is_on() {
-            Self::dropout(dx, dropout) // x = mask (token + position)
-        } else {
-            dx
-        };
-        let zeros = |rows| Self::float_zeros(Shape::new([rows, channels]), &device, dtype);
-        let dwte = Self::float_select_assign(
-            zeros(vocab),
-            0,
-            Self::int_reshape(tokens, Shape::new([batch * time])),
-            Self::float_reshape(dx.clone(), Shape::new([batch * time, channels])),
-            IndexingUpdateOp::Add,
-        );
-        let over_batch = Self::float_reshape(Self::float_sum_dim(dx, 0), Shape::new([time, channels]));
-        let dwpe = if time == block_size {
-            over_batch
-        } else {
-            let rows = [Slice::from(0..time), Slice::from(0..channels)];
-            Self::float_slice_assign(zeros(block_size), &rows, over_batch)
-        };
-        (dwte, dwpe)
+        composed_backward::<Self>(dx, tokens, vocab, block_size, dropout)
     }
 }
 
 impl EmbeddingOps for Flex {}
 
-impl EmbeddingOps for CubeBackend {}
+/// The whole of [`EmbeddingOps::embed`]'s default, for the GPU path to fall back on.
+fn composed_forward<B: DropoutOps>(
+    tokens: IntTensor<B>,
+    wte: FloatTensor<B>,
+    wpe: FloatTensor<B>,
+    dropout: Dropout,
+) -> FloatTensor<B> {
+    let [batch, time] = tokens.shape().dims::<2>();
+    let channels = wte.shape()[1];
+    let indices = B::int_reshape(tokens, Shape::new([batch * time]));
+    let token = B::float_select(wte, 0, indices);
+    let token = B::float_reshape(token, Shape::new([batch, time, channels]));
+    let rows = [Slice::from(0..time), Slice::from(0..channels)];
+    let position = B::float_reshape(B::float_slice(wpe, &rows), Shape::new([1, time, channels]));
+    let x = B::float_add(token, position);
+    if dropout.is_on() { B::dropout(x, dropout) } else { x }
+}
+
+/// The whole of [`EmbeddingOps::embed_backward`]'s default.
+fn composed_backward<B: DropoutOps>(
+    dx: FloatTensor<B>,
+    tokens: IntTensor<B>,
+    vocab: usize,
+    block_size: usize,
+    dropout: Dropout,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let [batch, time, channels] = dx.shape().dims::<3>();
+    let (device, dtype) = (dx.device(), dx.dtype().into());
+    let dx = if dropout.is_on() {
+        B::dropout(dx, dropout) // x = mask (token + position)
+    } else {
+        dx
+    };
+    let zeros = |rows| B::float_zeros(Shape::new([rows, channels]), &device, dtype);
+    let dwte = B::float_select_assign(
+        zeros(vocab),
+        0,
+        B::int_reshape(tokens, Shape::new([batch * time])),
+        B::float_reshape(dx.clone(), Shape::new([batch * time, channels])),
+        IndexingUpdateOp::Add,
+    );
+    let over_batch = B::float_reshape(B::float_sum_dim(dx, 0), Shape::new([time, channels]));
+    let dwpe = if time == block_size {
+        over_batch
+    } else {
+        let rows = [Slice::from(0..time), Slice::from(0..channels)];
+        B::float_slice_assign(zeros(block_size), &rows, over_batch)
+    };
+    (dwte, dwpe)
+}
+
+/// Tokens that a workgroup sorts, and what a sort key has room for beside a position among them.
+const BLOCK: usize = 1024;
+const LARGEST_VOCAB: usize = (1 << 22) - 2;
+
+/// Rows of gradient per row of wte, on average, from which on a workgroup makes one row instead of 16.
+const LONG_LISTS: usize = 8;
+
+/// Whether our kernels serve these tensors.
+fn is_served(activation: &CubeTensor, tokens: &CubeTensor, vocab: usize) -> bool {
+    let case = match tokens.dtype {
+        _ if vocab > LARGEST_VOCAB => Err("an embedding of more than 4 million rows"),
+        DType::I32 | DType::U32 => Ok(()),
+        _ => Err("tokens that are not of 32 bits"),
+    };
+    serves(activation, case)
+}
+
+fn forward_kernel(lanes: Lanes, f16: bool, dropout: bool) -> Kernel {
+    let files = [PHILOX, include_str!("../../wgsl/embedding_forward.wgsl")];
+    lanes.kernel("embedding_forward", f16, &format!("const DROPOUT: bool = {dropout};\n"), &files, 256)
+}
+
+/// `rows`: the rows of wte and wpe that a workgroup makes, 1 or 16.
+fn backward_kernel(lanes: Lanes, f16: bool, dropout: bool, rows: usize) -> Kernel {
+    let constants = format!("const DROPOUT: bool = {dropout};\nconst ROWS: u32 = {rows}u;\n");
+    let files = [PHILOX, include_str!("../../wgsl/embedding_backward.wgsl")];
+    lanes.kernel("embedding_backward", f16, &constants, &files, 256)
+}
+
+fn sort_kernel() -> Kernel {
+    Kernel::new("embedding_sort", String::new(), vec![include_str!("../../wgsl/embedding_sort.wgsl")], (256, 1, 1))
+}
+
+fn rank_kernel() -> Kernel {
+    Kernel::new("embedding_rank", String::new(), vec![include_str!("../../wgsl/embedding_rank.wgsl")], (256, 1, 1))
+}
+
+/// Queues the forward: tokens (B, T), wte (V, C), wpe (block_size, C) -> x (B, T, C); all contiguous.
+///
+/// For the tests, which give their own outputs; the model calls [`embedding`].
+pub fn launch_forward(tokens: &CubeTensor, wte: &CubeTensor, wpe: &CubeTensor, dropout: Dropout, x: &CubeTensor) {
+    let [batch, time, channels] = x.meta.shape().dims::<3>();
+    let lanes = Lanes::of(channels);
+    let kernel = forward_kernel(lanes, x.dtype == DType::F16, dropout.is_on());
+    let rows = batch * time;
+    let mut params = vec![rows as u32, lanes.count as u32, time as u32, wte.meta.shape()[0] as u32];
+    params.extend(dropout.params());
+    let groups = (rows * lanes.count).div_ceil(256) as u32;
+    kernel.launch(fold(groups), &[tokens, wte, wpe, x], &params);
+}
+
+/// Queues the backward: dx (B, T, C), tokens (B, T) -> dwte (V, C), dwpe (block_size, C); all contiguous.
+pub fn launch_backward(dx: &CubeTensor, tokens: &CubeTensor, dropout: Dropout, dwte: &CubeTensor, dwpe: &CubeTensor) {
+    let [batch, time, channels] = dx.meta.shape().dims::<3>();
+    let (vocab, block_size) = (dwte.meta.shape()[0], dwpe.meta.shape()[0]);
+    let count = batch * time;
+    let blocks = count.div_ceil(BLOCK);
+    let sorted = empty(tokens, Shape::new([blocks * BLOCK]));
+    let order = empty(tokens, Shape::new([count]));
+    let starts = empty(tokens, Shape::new([vocab + 1]));
+    sort_kernel().launch(fold(blocks as u32), &[tokens, &sorted], &[count as u32, vocab as u32]);
+    let keys = (blocks * BLOCK + vocab + 1).div_ceil(256) as u32;
+    rank_kernel().launch(fold(keys), &[&sorted, &order, &starts], &[blocks as u32, vocab as u32]);
+
+    let lanes = Lanes::of(channels);
+    let rows = if count >= LONG_LISTS * vocab { 1 } else { 16 };
+    let kernel = backward_kernel(lanes, dx.dtype == DType::F16, dropout.is_on(), rows);
+    let mut params = [batch, time, lanes.count, vocab, block_size].map(|size| size as u32).to_vec();
+    params.extend(dropout.params());
+    let groups = (vocab + block_size).div_ceil(rows) * lanes.count.div_ceil(16);
+    kernel.launch(fold(groups as u32), &[dx, &order, &starts, dwte, dwpe], &params);
+}
+
+impl EmbeddingOps for CubeBackend {
+    fn embed(
+        tokens: IntTensor<Self>,
+        wte: FloatTensor<Self>,
+        wpe: FloatTensor<Self>,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        if !is_served(&wte, &tokens, wte.meta.shape()[0]) {
+            return composed_forward::<Self>(tokens, wte, wpe, dropout);
+        }
+        let [tokens, wte, wpe] = [tokens, wte, wpe].map(into_contiguous);
+        let [batch, time] = tokens.meta.shape().dims::<2>();
+        let x = empty(&wte, Shape::new([batch, time, wte.meta.shape()[1]]));
+        launch_forward(&tokens, &wte, &wpe, dropout, &x);
+        x
+    }
+
+    fn embed_backward(
+        dx: FloatTensor<Self>,
+        tokens: IntTensor<Self>,
+        vocab: usize,
+        block_size: usize,
+        dropout: Dropout,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if !is_served(&dx, &tokens, vocab) {
+            return composed_backward::<Self>(dx, tokens, vocab, block_size, dropout);
+        }
+        let [dx, tokens] = [dx, tokens].map(into_contiguous);
+        let channels = dx.meta.shape()[2];
+        let [dwte, dwpe] = [vocab, block_size].map(|rows| empty(&dx, Shape::new([rows, channels])));
+        launch_backward(&dx, &tokens, dropout, &dwte, &dwpe);
+        (dwte, dwpe)
+    }
+}
 
 #[derive(Clone, Debug)]
 struct EmbeddingState<B: EmbeddingOps> {
@@ -130,4 +259,29 @@ pub fn embedding(tokens: Tensor<2, Int>, wte: Tensor<2>, wpe: Tensor<2>, dropout
         wpe.into_dispatch(),
         dropout,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_is_valid_and_fits() {
+        for lanes in [Lanes::of(6), Lanes::of(768)] {
+            for (f16, dropout) in [(false, false), (false, true), (true, false), (true, true)] {
+                let kernels = [
+                    forward_kernel(lanes, f16, dropout),
+                    backward_kernel(lanes, f16, dropout, 1),
+                    backward_kernel(lanes, f16, dropout, 16),
+                    sort_kernel(),
+                    rank_kernel(),
+                ];
+                for kernel in kernels {
+                    let bytes =
+                        kernel.workgroup_memory().unwrap_or_else(|error| panic!("{lanes:?} f16 {f16}: {error}"));
+                    assert!(bytes <= 32 << 10, "{lanes:?} f16 {f16}: {bytes} bytes of workgroup memory");
+                }
+            }
+        }
+    }
 }

@@ -10,10 +10,12 @@ use burn::backend::{
     backend_extension,
     tensor::FloatTensor,
 };
-use burn::tensor::{Shape, Tensor};
-use burn_cubecl::CubeBackend;
+use burn::tensor::{DType, Shape, Tensor};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{Bias, flatten};
+use crate::kernel::lanes::{Lanes, serves};
+use crate::kernel::{Kernel, empty, empty_like, fold};
 
 /// GPT-2's and nanoGPT's epsilon.
 pub const EPSILON: f64 = 1e-5;
@@ -27,20 +29,7 @@ pub trait LayerNormOps: Backend {
         w: FloatTensor<Self>,
         #[extension_type] b: Bias<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let shape = x.shape();
-        let row = Shape::new([1, w.shape()[0]]);
-        let x = flatten::<Self>(x);
-        let mean = Self::float_mean_dim(x.clone(), 1);
-        let centred = Self::float_sub(x, mean.clone());
-        let variance = Self::float_mean_dim(Self::float_mul(centred.clone(), centred.clone()), 1);
-        let rstd = Self::float_recip(Self::float_sqrt(Self::float_add_scalar(variance, EPSILON.into())));
-        let normed = Self::float_mul(centred, rstd.clone());
-        let y = Self::float_mul(normed, Self::float_reshape(w, row.clone()));
-        let y = match b {
-            Bias::Present(b) => Self::float_add(y, Self::float_reshape(b, row)),
-            Bias::Absent => y,
-        };
-        (Self::float_reshape(y, shape), mean, rstd)
+        composed_forward::<Self>(x, w, b)
     }
 
     /// dy, x (..., C), w (C), mean and rstd (rows, 1) -> (dx (..., C), dw (C), db (C)).
@@ -51,26 +40,176 @@ pub trait LayerNormOps: Backend {
         mean: FloatTensor<Self>,
         rstd: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let shape = x.shape();
-        let features = w.shape();
-        let row = Shape::new([1, features[0]]);
-        let (dy, x) = (flatten::<Self>(dy), flatten::<Self>(x));
-        let normed = Self::float_mul(Self::float_sub(x, mean), rstd.clone()); // y = normed · w + b
-        let dw = Self::float_sum_dim(Self::float_mul(dy.clone(), normed.clone()), 0);
-        let db = Self::float_sum_dim(dy.clone(), 0);
-        let dnormed = Self::float_mul(dy, Self::float_reshape(w, row));
-        // normed = (x - mean) rstd  =>  dx = rstd (dnormed - mean(dnormed) - normed · mean(dnormed · normed))
-        let average = Self::float_mean_dim(dnormed.clone(), 1);
-        let along = Self::float_mean_dim(Self::float_mul(dnormed.clone(), normed.clone()), 1);
-        let dx = Self::float_sub(Self::float_sub(dnormed, average), Self::float_mul(normed, along));
-        let dx = Self::float_mul(dx, rstd);
-        (Self::float_reshape(dx, shape), Self::float_reshape(dw, features.clone()), Self::float_reshape(db, features))
+        composed_backward::<Self>(dy, x, w, mean, rstd)
     }
 }
 
 impl LayerNormOps for Flex {}
 
-impl LayerNormOps for CubeBackend {}
+/// The whole of [`LayerNormOps::layer_norm_forward`]'s default, for the GPU path to fall back on.
+fn composed_forward<B: Backend>(
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    b: Bias<B>,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let shape = x.shape();
+    let row = Shape::new([1, w.shape()[0]]);
+    let x = flatten::<B>(x);
+    let mean = B::float_mean_dim(x.clone(), 1);
+    let centred = B::float_sub(x, mean.clone());
+    let variance = B::float_mean_dim(B::float_mul(centred.clone(), centred.clone()), 1);
+    let rstd = B::float_recip(B::float_sqrt(B::float_add_scalar(variance, EPSILON.into())));
+    let normed = B::float_mul(centred, rstd.clone());
+    let y = B::float_mul(normed, B::float_reshape(w, row.clone()));
+    let y = match b {
+        Bias::Present(b) => B::float_add(y, B::float_reshape(b, row)),
+        Bias::Absent => y,
+    };
+    (B::float_reshape(y, shape), mean, rstd)
+}
+
+/// The whole of [`LayerNormOps::layer_norm_backward`]'s default.
+fn composed_backward<B: Backend>(
+    dy: FloatTensor<B>,
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    mean: FloatTensor<B>,
+    rstd: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let shape = x.shape();
+    let features = w.shape();
+    let row = Shape::new([1, features[0]]);
+    let (dy, x) = (flatten::<B>(dy), flatten::<B>(x));
+    let normed = B::float_mul(B::float_sub(x, mean), rstd.clone()); // y = normed · w + b
+    let dw = B::float_sum_dim(B::float_mul(dy.clone(), normed.clone()), 0);
+    let db = B::float_sum_dim(dy.clone(), 0);
+    let dnormed = B::float_mul(dy, B::float_reshape(w, row));
+    // normed = (x - mean) rstd  =>  dx = rstd (dnormed - mean(dnormed) - normed · mean(dnormed · normed))
+    let average = B::float_mean_dim(dnormed.clone(), 1);
+    let along = B::float_mean_dim(B::float_mul(dnormed.clone(), normed.clone()), 1);
+    let dx = B::float_sub(B::float_sub(dnormed, average), B::float_mul(normed, along));
+    let dx = B::float_mul(dx, rstd);
+    (B::float_reshape(dx, shape), B::float_reshape(dw, features.clone()), B::float_reshape(db, features))
+}
+
+/// Threads that share a row: each holds up to four lanes of it, more only where a row is longer than 1024 lanes.
+fn team(lanes: Lanes) -> u32 {
+    [32, 64, 128].into_iter().find(|team| lanes.count <= 4 * team).unwrap_or(256) as u32
+}
+
+/// The forward kernel, and the rows of a workgroup.
+fn forward_kernel(columns: usize, f16: bool, bias: bool) -> (Kernel, usize) {
+    let lanes = Lanes::of(columns);
+    let team = team(lanes);
+    let threads = team.max(64); // small workgroups: a row waits for few others
+    let constants = format!(
+        "const LANES: u32 = {}u;\nconst TEAM: u32 = {team}u;\nconst THREADS: u32 = {threads}u;\n\
+         const BIAS: bool = {bias};\nconst EPSILON: f32 = {EPSILON:e};\n",
+        lanes.count
+    );
+    let files = [include_str!("../../wgsl/layer_norm_forward.wgsl")];
+    (lanes.kernel("layer_norm_forward", f16, &constants, &files, threads), (threads / team) as usize)
+}
+
+/// The backward kernel, and the rows that a workgroup handles at a time.
+fn backward_kernel(columns: usize, f16: bool) -> (Kernel, usize) {
+    let lanes = Lanes::of(columns);
+    let team = team(lanes);
+    let threads = team.max(128);
+    let constants =
+        format!("const LANES: u32 = {}u;\nconst TEAM: u32 = {team}u;\nconst THREADS: u32 = {threads}u;\n", lanes.count);
+    let files = [include_str!("../../wgsl/layer_norm_backward.wgsl")];
+    (lanes.kernel("layer_norm_backward", f16, &constants, &files, threads), (threads / team) as usize)
+}
+
+/// The kernel that adds up the partial sums of dw and db.
+fn sums_kernel(lanes: Lanes) -> Kernel {
+    lanes.kernel("column_sums", false, "", &[include_str!("../../wgsl/column_sums.wgsl")], 256)
+}
+
+/// Most workgroups of the backward: enough to fill a large GPU, few enough that their partial sums are small beside x.
+const BACKWARD_GROUPS: usize = 512;
+
+/// (rows, C) of a tensor seen as a matrix.
+fn matrix(x: &CubeTensor) -> (usize, usize) {
+    let shape = x.meta.shape();
+    let columns = shape[shape.num_dims() - 1];
+    (shape.num_elements() / columns.max(1), columns)
+}
+
+/// Queues the forward: x (..., C), w and b (C) -> y (..., C), mean and rstd (rows); all contiguous.
+///
+/// For the tests, which give their own outputs; the model calls [`layer_norm`].
+pub fn launch_forward(
+    x: &CubeTensor,
+    w: &CubeTensor,
+    b: Option<&CubeTensor>,
+    y: &CubeTensor,
+    mean: &CubeTensor,
+    rstd: &CubeTensor,
+) {
+    let (rows, columns) = matrix(x);
+    let (kernel, group_rows) = forward_kernel(columns, x.dtype == DType::F16, b.is_some());
+    let groups = rows.div_ceil(group_rows) as u32;
+    kernel.launch(fold(groups), &[x, w, b.unwrap_or(w), y, mean, rstd], &[rows as u32]);
+}
+
+/// Queues the backward: dy, x (..., C), w (C), mean and rstd (rows) -> dx (..., C), dw and db (C); all contiguous.
+pub fn launch_backward(
+    dy: &CubeTensor,
+    x: &CubeTensor,
+    w: &CubeTensor,
+    mean: &CubeTensor,
+    rstd: &CubeTensor,
+    [dx, dw, db]: [&CubeTensor; 3],
+) {
+    let (rows, columns) = matrix(x);
+    let (kernel, group_rows) = backward_kernel(columns, x.dtype == DType::F16);
+    let groups = rows.div_ceil(group_rows).min(BACKWARD_GROUPS);
+    let partials = empty(w, Shape::new([groups, 2, columns]));
+    kernel.launch((groups as u32, 1, 1), &[dy, x, w, mean, rstd, dx, &partials], &[rows as u32]);
+    let lanes = Lanes::of(columns);
+    let sum_groups = (2 * lanes.count).div_ceil(8) as u32;
+    sums_kernel(lanes).launch(fold(sum_groups), &[&partials, dw, db], &[groups as u32, lanes.count as u32]);
+}
+
+impl LayerNormOps for CubeBackend {
+    fn layer_norm_forward(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: Bias<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        if !serves(&x, Ok(())) {
+            return composed_forward::<Self>(x, w, b);
+        }
+        let (x, w) = (into_contiguous(x), into_contiguous(w));
+        let b = match b {
+            Bias::Present(b) => Some(into_contiguous(b)),
+            Bias::Absent => None,
+        };
+        let (rows, _) = matrix(&x);
+        let y = empty_like(&x);
+        let [mean, rstd] = [(); 2].map(|()| empty(&w, Shape::new([rows, 1])));
+        launch_forward(&x, &w, b.as_ref(), &y, &mean, &rstd);
+        (y, mean, rstd)
+    }
+
+    fn layer_norm_backward(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        mean: FloatTensor<Self>,
+        rstd: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        if !serves(&x, Ok(())) {
+            return composed_backward::<Self>(dy, x, w, mean, rstd);
+        }
+        let [dy, x, w, mean, rstd] = [dy, x, w, mean, rstd].map(into_contiguous);
+        let (dx, dw, db) = (empty_like(&x), empty_like(&w), empty_like(&w));
+        launch_backward(&dy, &x, &w, &mean, &rstd, [&dx, &dw, &db]);
+        (dx, dw, db)
+    }
+}
 
 /// x, w, mean, rstd.
 type Saved<B> = (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>);
@@ -132,4 +271,29 @@ impl<B: LayerNormOps, C: CheckpointStrategy> LayerNormOps for Autodiff<B, C> {
 pub fn layer_norm<const D: usize>(x: Tensor<D>, w: Tensor<1>, b: Option<Tensor<1>>) -> Tensor<D> {
     let (y, _, _) = <Dispatch as LayerNormOps>::layer_norm_forward(x.into_dispatch(), w.into_dispatch(), Bias::of(b));
     Tensor::from_dispatch(y)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every shape of team is valid WGSL and keeps Metal's 32 KiB, in both storage types.
+    #[test]
+    fn every_width_is_valid_and_fits() {
+        for columns in [1, 3, 33, 128, 129, 384, 768, 1600, 4096, 8191, 8192] {
+            for f16 in [false, true] {
+                let kernels = [
+                    forward_kernel(columns, f16, false).0,
+                    forward_kernel(columns, f16, true).0,
+                    backward_kernel(columns, f16).0,
+                    sums_kernel(Lanes::of(columns)),
+                ];
+                for kernel in kernels {
+                    let bytes =
+                        kernel.workgroup_memory().unwrap_or_else(|error| panic!("{columns} f16 {f16}: {error}"));
+                    assert!(bytes <= 32 << 10, "{columns} f16 {f16}: {bytes} bytes of workgroup memory");
+                }
+            }
+        }
+    }
 }

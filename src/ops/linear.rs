@@ -1,5 +1,8 @@
 //! Linear layers with what follows them: bias, bias + GELU, bias + dropout + residual.
 
+pub mod product;
+pub mod tiles;
+
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 
 use burn::backend::{
@@ -13,12 +16,15 @@ use burn::backend::{
     ops::ActivationOps,
     tensor::FloatTensor,
 };
-use burn::tensor::{Shape, Tensor};
-use burn_cubecl::CubeBackend;
+use burn::tensor::{DType, Shape, Tensor};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use serde::{Deserialize, Serialize};
 
+use self::product::{Product, sum_parts};
+use self::tiles::{Epilogue, Layout};
 use super::dropout::{Dropout, DropoutOps};
 use super::{Bias, flatten};
+use crate::kernel::{self, Kernel, Variant, fold};
 
 /// Which GELU: GPT-2 was trained with the tanh approximation, nanoGPT uses the exact one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -44,35 +50,22 @@ pub trait LinearOps: DropoutOps {
         w: FloatTensor<Self>,
         #[extension_type] b: Bias<Self>,
     ) -> FloatTensor<Self> {
-        let mut shape = x.shape();
-        let outputs = w.shape()[0];
-        let y = Self::float_matmul(flatten::<Self>(x), Self::float_transpose(w)); // (M, N)
-        let y = match b {
-            Bias::Present(b) => Self::float_add(y, Self::float_reshape(b, Shape::new([1, outputs]))),
-            Bias::Absent => y,
-        };
-        let last = shape.num_dims() - 1;
-        shape[last] = outputs;
-        Self::float_reshape(y, shape)
+        composed_forward::<Self>(x, w, b)
     }
 
     /// dx (..., K) = dy (..., N) · w (N, K).
     fn linear_dx(dy: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        let mut shape = dy.shape();
-        let last = shape.num_dims() - 1;
-        shape[last] = w.shape()[1];
-        Self::float_reshape(Self::float_matmul(flatten::<Self>(dy), w), shape)
+        composed_dx::<Self>(dy, w)
     }
 
     /// dw (N, K) = dyᵀ · x over all rows.
     fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
-        Self::float_matmul(Self::float_transpose(flatten::<Self>(dy)), flatten::<Self>(x))
+        composed_dw::<Self>(dy, x)
     }
 
     /// db (N) = sum of dy over all rows.
     fn linear_db(dy: FloatTensor<Self>) -> FloatTensor<Self> {
-        let outputs = dy.shape()[dy.shape().num_dims() - 1];
-        Self::float_reshape(Self::float_sum_dim(flatten::<Self>(dy), 0), Shape::new([outputs]))
+        composed_db::<Self>(dy)
     }
 
     /// h = x Wᵀ + b, y = gelu(h). Returns (y, h): the backward needs h.
@@ -82,20 +75,7 @@ pub trait LinearOps: DropoutOps {
         #[extension_type] b: Bias<Self>,
         gelu: Gelu,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let h = Self::linear_forward(x, w, b);
-        (Self::gelu_of(h.clone(), gelu), h)
-    }
-
-    /// gelu(h), element by element.
-    fn gelu_of(h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
-        match gelu {
-            Gelu::Erf => Self::gelu(h),
-            Gelu::Tanh => {
-                let tanh = Self::float_tanh(tanh_argument::<Self>(h.clone()));
-                let half = Self::float_mul_scalar(h, 0.5.into());
-                Self::float_mul(half, Self::float_add_scalar(tanh, 1.0.into()))
-            }
-        }
+        composed_gelu::<Self>(x, w, b, gelu)
     }
 
     /// dh = dy · gelu'(h).
@@ -111,10 +91,68 @@ pub trait LinearOps: DropoutOps {
         residual: FloatTensor<Self>,
         dropout: Dropout,
     ) -> FloatTensor<Self> {
-        let y = Self::linear_forward(x, w, b);
-        let y = if dropout.is_on() { Self::dropout(y, dropout) } else { y };
-        Self::float_add(residual, y)
+        composed_residual::<Self>(x, w, b, residual, dropout)
     }
+}
+
+/// [`LinearOps::linear_forward`] in Burn primitives, for the GPU path to fall back on; so are the next ones.
+fn composed_forward<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>, b: Bias<B>) -> FloatTensor<B> {
+    let mut shape = x.shape();
+    let outputs = w.shape()[0];
+    let y = B::float_matmul(flatten::<B>(x), B::float_transpose(w)); // (M, N)
+    let y = match b {
+        Bias::Present(b) => B::float_add(y, B::float_reshape(b, Shape::new([1, outputs]))),
+        Bias::Absent => y,
+    };
+    let last = shape.num_dims() - 1;
+    shape[last] = outputs;
+    B::float_reshape(y, shape)
+}
+
+fn composed_dx<B: Backend>(dy: FloatTensor<B>, w: FloatTensor<B>) -> FloatTensor<B> {
+    let mut shape = dy.shape();
+    let last = shape.num_dims() - 1;
+    shape[last] = w.shape()[1];
+    B::float_reshape(B::float_matmul(flatten::<B>(dy), w), shape)
+}
+
+fn composed_dw<B: Backend>(dy: FloatTensor<B>, x: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_matmul(B::float_transpose(flatten::<B>(dy)), flatten::<B>(x))
+}
+
+fn composed_db<B: Backend>(dy: FloatTensor<B>) -> FloatTensor<B> {
+    let outputs = dy.shape()[dy.shape().num_dims() - 1];
+    B::float_reshape(B::float_sum_dim(flatten::<B>(dy), 0), Shape::new([outputs]))
+}
+
+fn composed_gelu<B: Backend>(
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    b: Bias<B>,
+    gelu: Gelu,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let h = composed_forward::<B>(x, w, b);
+    let y = match gelu {
+        Gelu::Erf => B::gelu(h.clone()),
+        Gelu::Tanh => {
+            let tanh = B::float_tanh(tanh_argument::<B>(h.clone()));
+            let half = B::float_mul_scalar(h.clone(), 0.5.into());
+            B::float_mul(half, B::float_add_scalar(tanh, 1.0.into()))
+        }
+    };
+    (y, h)
+}
+
+fn composed_residual<B: DropoutOps>(
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    b: Bias<B>,
+    residual: FloatTensor<B>,
+    dropout: Dropout,
+) -> FloatTensor<B> {
+    let y = composed_forward::<B>(x, w, b);
+    let y = if dropout.is_on() { B::dropout(y, dropout) } else { y };
+    B::float_add(residual, y)
 }
 
 /// dh = dy · gelu'(h) in Burn primitives.
@@ -161,11 +199,156 @@ impl LinearOps for Flex {
     }
 }
 
-impl LinearOps for CubeBackend {}
+/// rows, K of a tensor (..., K).
+fn rows_and_columns(x: &CubeTensor) -> (usize, usize) {
+    let shape = x.meta.shape();
+    let columns = shape[shape.num_dims() - 1];
+    (shape.num_elements() / columns.max(1), columns)
+}
+
+/// A tensor (..., columns) with the leading dimensions of `like`.
+fn empty_with_columns(like: &CubeTensor, columns: usize) -> CubeTensor {
+    let mut shape = like.meta.shape().clone();
+    let last = shape.num_dims() - 1;
+    shape[last] = columns;
+    kernel::empty(like, shape)
+}
+
+/// What the cooperative kernels multiply an f32 gradient by before they round it to f16, and divide out again.
+///
+/// The loss is a mean over the rows, so a row's gradient is about 1 / rows, and much of it below what f16 can hold. The next
+/// power of two undoes the mean and costs no bit. f16 tensors come scaled.
+pub(super) fn gradient_scale(dy: &CubeTensor) -> f32 {
+    if dy.dtype == DType::F16 { 1.0 } else { rows_and_columns(dy).0.next_power_of_two() as f32 }
+}
+
+/// epilogue(x wᵀ + b) into a new tensor.
+fn layer(
+    variant: Variant,
+    x: &CubeTensor,
+    w: CubeTensor,
+    b: Bias<CubeBackend>,
+    epilogue: Epilogue,
+    extra: Option<&CubeTensor>,
+    dropout: Dropout,
+) -> CubeTensor {
+    let (w, (m, k)) = (into_contiguous(w), rows_and_columns(x));
+    let n = w.meta.shape()[0];
+    let bias = match b {
+        Bias::Present(b) => Some(into_contiguous(b)),
+        Bias::Absent => None,
+    };
+    let y = empty_with_columns(x, n);
+    let product =
+        Product { epilogue, bias: bias.as_ref(), extra, dropout, ..Product::plain(Layout::Nt, x, &w, m, n, k) };
+    product.launch(variant, &y);
+    y
+}
+
+impl LinearOps for CubeBackend {
+    fn linear_forward(x: FloatTensor<Self>, w: FloatTensor<Self>, b: Bias<Self>) -> FloatTensor<Self> {
+        let Some(variant) = kernel::variant(&x) else {
+            return composed_forward::<Self>(x, w, b);
+        };
+        layer(variant, &into_contiguous(x), w, b, Epilogue::Plain, None, Dropout::OFF)
+    }
+
+    fn linear_dx(dy: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        let Some(variant) = kernel::variant(&dy) else {
+            return composed_dx::<Self>(dy, w);
+        };
+        let (dy, w) = (into_contiguous(dy), into_contiguous(w));
+        let ((rows, outputs), inputs) = (rows_and_columns(&dy), w.meta.shape()[1]);
+        let dx = empty_with_columns(&dy, inputs);
+        let product = Product::plain(Layout::Nn, &dy, &w, rows, inputs, outputs);
+        Product { scale: gradient_scale(&dy), ..product }.launch(variant, &dx);
+        dx
+    }
+
+    fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+        let Some(variant) = kernel::variant(&dy) else {
+            return composed_dw::<Self>(dy, x);
+        };
+        let (dy, x) = (into_contiguous(dy), into_contiguous(x));
+        let ((rows, outputs), (_, inputs)) = (rows_and_columns(&dy), rows_and_columns(&x));
+        let dw = kernel::empty_of(&dy, Shape::new([outputs, inputs]), DType::F32);
+        let product = Product::plain(Layout::Tn, &dy, &x, outputs, inputs, rows);
+        Product { scale: gradient_scale(&dy), ..product }.launch_tall(variant, &dw, false);
+        dw
+    }
+
+    fn linear_db(dy: FloatTensor<Self>) -> FloatTensor<Self> {
+        /// Rows that one invocation sums.
+        const BLOCK_ROWS: usize = 128;
+        if kernel::variant(&dy).is_none() {
+            return composed_db::<Self>(dy);
+        }
+        let dy = into_contiguous(dy);
+        let (rows, columns) = rows_and_columns(&dy);
+        let blocks = rows.div_ceil(BLOCK_ROWS);
+        let parts = kernel::empty_of(&dy, Shape::new([blocks, columns]), DType::F32);
+        let elem = if dy.dtype == DType::F16 { "enable f16;\nalias elem = f16;" } else { "alias elem = f32;" };
+        let header = format!("{elem}\nconst BLOCK_ROWS: u32 = {BLOCK_ROWS}u;\n");
+        let files = vec![include_str!("../../wgsl/column_sum.wgsl")];
+        let groups = blocks * columns.div_ceil(64);
+        let kernel = Kernel::new("column_sum", header, files, (64, 1, 1));
+        kernel.launch(fold(groups as u32), &[&dy, &parts], &[rows as u32, columns as u32]);
+        let db = kernel::empty_of(&dy, Shape::new([columns]), DType::F32);
+        sum_parts(&parts, blocks, &db, false);
+        db
+    }
+
+    fn linear_gelu(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: Bias<Self>,
+        gelu: Gelu,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let Some(variant) = kernel::variant(&x) else {
+            return composed_gelu::<Self>(x, w, b, gelu);
+        };
+        let x = into_contiguous(x);
+        let h = empty_with_columns(&x, w.meta.shape()[0]);
+        let epilogue = Epilogue::Gelu { tanh: gelu == Gelu::Tanh };
+        let y = layer(variant, &x, w, b, epilogue, Some(&h), Dropout::OFF);
+        (y, h)
+    }
+
+    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
+        let elements = h.meta.shape().num_elements();
+        if kernel::variant(&dy).is_none() || elements % 4 != 0 {
+            return composed_gelu_dh::<Self>(dy, h, gelu);
+        }
+        let (dy, h) = (into_contiguous(dy), into_contiguous(h));
+        let dh = kernel::empty_like(&h);
+        let elem = if h.dtype == DType::F16 { "enable f16;\nalias elem = f16;" } else { "alias elem = f32;" };
+        let header = format!("{elem}\nconst GELU_TANH: bool = {};\n", gelu == Gelu::Tanh);
+        let files = vec![include_str!("../../wgsl/gelu.wgsl"), include_str!("../../wgsl/gelu_gradient.wgsl")];
+        let groups = (elements / 4).div_ceil(256);
+        let kernel = Kernel::new("gelu_gradient", header, files, (256, 1, 1));
+        kernel.launch(fold(groups as u32), &[&dy, &h, &dh], &[(elements / 4) as u32]);
+        dh
+    }
+
+    fn linear_residual(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: Bias<Self>,
+        residual: FloatTensor<Self>,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        let Some(variant) = kernel::variant(&x) else {
+            return composed_residual::<Self>(x, w, b, residual, dropout);
+        };
+        let residual = into_contiguous(residual);
+        let epilogue = Epilogue::Residual { dropout: dropout.is_on() };
+        layer(variant, &into_contiguous(x), w, b, epilogue, Some(&residual), dropout)
+    }
+}
 
 /// What stands between the product and the output.
 #[derive(Clone, Debug)]
-enum Epilogue<B: LinearOps> {
+enum After<B: LinearOps> {
     None,
     Gelu(Gelu, FloatTensor<B>),
     Residual(Dropout),
@@ -176,7 +359,7 @@ struct LinearState<B: LinearOps> {
     x: FloatTensor<B>,
     w: FloatTensor<B>,
     has_bias: bool,
-    epilogue: Epilogue<B>,
+    after: After<B>,
 }
 
 /// Parents: x, w, then the bias and the residual where there are any.
@@ -187,12 +370,12 @@ impl<B: LinearOps, const N: usize> Backward<B, N> for LinearBackward<N> {
     type State = LinearState<B>;
 
     fn backward(self, ops: Ops<LinearState<B>, N>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let LinearState { x, w, has_bias, epilogue } = ops.state;
+        let LinearState { x, w, has_bias, after } = ops.state;
         let dy = grads.consume::<B>(&ops.node);
-        let dy = match epilogue {
-            Epilogue::None => dy,
-            Epilogue::Gelu(gelu, h) => B::gelu_dh(dy, h, gelu), // y = gelu(h)  =>  dh = dy gelu'(h)
-            Epilogue::Residual(dropout) => {
+        let dy = match after {
+            After::None => dy,
+            After::Gelu(gelu, h) => B::gelu_dh(dy, h, gelu), // y = gelu(h)  =>  dh = dy gelu'(h)
+            After::Residual(dropout) => {
                 if let Some(residual) = &ops.parents[2 + usize::from(has_bias)] {
                     grads.register::<B>(residual.id, dy.clone()); // y = residual + ...
                 }
@@ -227,7 +410,7 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
     fn linear_forward(x: FloatTensor<Self>, w: FloatTensor<Self>, b: Bias<Self>) -> FloatTensor<Self> {
         let (xi, wi, bi) = inner::<B, C>(&x, &w, &b);
         let y = B::linear_forward(xi.clone(), wi.clone(), bi);
-        let state = state(xi, wi, has_bias(&b), Epilogue::None);
+        let state = state(xi, wi, has_bias(&b), After::None);
         match b {
             Bias::Present(b) => record(
                 LinearBackward::<3>.prepare::<C>([x.node(), w.node(), b.node()]).compute_bound().stateful(),
@@ -248,7 +431,7 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (xi, wi, bi) = inner::<B, C>(&x, &w, &b);
         let (y, h) = B::linear_gelu(xi.clone(), wi.clone(), bi, gelu);
-        let state = state(xi, wi, has_bias(&b), Epilogue::Gelu(gelu, h.clone()));
+        let state = state(xi, wi, has_bias(&b), After::Gelu(gelu, h.clone()));
         let y = match b {
             Bias::Present(b) => record(
                 LinearBackward::<3>.prepare::<C>([x.node(), w.node(), b.node()]).compute_bound().stateful(),
@@ -272,7 +455,7 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
         let (xi, wi, bi) = inner::<B, C>(&x, &w, &b);
         let ri = <Self as AutodiffBackend>::inner(residual.clone());
         let y = B::linear_residual(xi.clone(), wi.clone(), bi, ri, dropout);
-        let state = state(xi, wi, has_bias(&b), Epilogue::Residual(dropout));
+        let state = state(xi, wi, has_bias(&b), After::Residual(dropout));
         let (x, w, r) = (x.node(), w.node(), residual.node());
         match b {
             Bias::Present(b) => {
@@ -300,8 +483,8 @@ fn has_bias<B: Backend>(bias: &Bias<B>) -> bool {
     matches!(bias, Bias::Present(_))
 }
 
-fn state<B: LinearOps>(x: FloatTensor<B>, w: FloatTensor<B>, has_bias: bool, epilogue: Epilogue<B>) -> LinearState<B> {
-    LinearState { x, w, has_bias, epilogue }
+fn state<B: LinearOps>(x: FloatTensor<B>, w: FloatTensor<B>, has_bias: bool, after: After<B>) -> LinearState<B> {
+    LinearState { x, w, has_bias, after }
 }
 
 /// x (..., K), w (N, K), b (N) -> x wᵀ + b, (..., N).

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unused_imports)] // each test binary uses its part
 
+pub mod guarded;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use gpt_wgpu::device::{self, DeviceSpec};
 pub use gpt_wgpu::twins::{self, difference};

@@ -3,24 +3,11 @@
 //! Every row was measured on an NVIDIA H200 against its neighbours (docs/measurements/attention-h200.md); the rows for edge 8
 //! are a start, not measured on any Mac. Small tiles win: 16 keys a tile beat 32, and less workgroup memory beats more.
 
-use crate::kernel::{Capabilities, Kernel};
+use crate::kernel::{Kernel, PHILOX, SUBGROUP_SIZE};
+pub use crate::kernel::{Variant, supported};
 
 /// Head dimensions that the kernels exist for; others take the composed version.
 pub const HEAD_DIMS: [usize; 6] = [16, 32, 64, 80, 96, 128];
-
-/// How the products are made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Variant {
-    /// f32 arithmetic, no subgroups: runs everywhere.
-    Scalar,
-    /// Cooperative matrices of this edge; what is multiplied is f16 or f32, sums are f32.
-    Coop {
-        /// Rows and columns of a matrix, 8 or 16.
-        edge: u32,
-        /// Whether f16 is multiplied, else f32.
-        f16: bool,
-    },
-}
 
 /// The three kernels that have tiles; delta has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,33 +91,12 @@ const fn coop(edge: u32, head_dim: usize, pass: Pass) -> Coop {
 /// Score columns that a subgroup handles at a time in the backward.
 const SCORE_COLS: u32 = 16;
 
-/// Exact size of a subgroup that the cooperative kernels are made for.
-const SUBGROUP_SIZE: u32 = 32;
-
-/// The variants that a device can run, best first, for tensors of f16 (or f32).
-pub fn supported(capabilities: &Capabilities, f16_storage: bool) -> Vec<Variant> {
-    let mut variants = Vec::new();
-    if capabilities.subgroup_size == Some(SUBGROUP_SIZE) {
-        let has = |edge, f16| capabilities.matrices.contains(&(edge, f16));
-        variants.extend(
-            [(16, true), (8, true), (8, false)]
-                .into_iter()
-                .filter(|&(edge, f16)| has(edge, f16) && (f16 || !f16_storage))
-                .map(|(edge, f16)| Variant::Coop { edge, f16 }),
-        );
-    }
-    if !f16_storage || capabilities.f16 {
-        variants.push(Variant::Scalar);
-    }
-    variants
-}
-
 /// One kernel of attention, and the rows that a workgroup of it owns.
 pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, dropout: bool) -> (Kernel, u32) {
     let elem = if f16_storage { "f16" } else { "f32" };
     let common =
         format!("alias elem = {elem};\nconst DROPOUT: bool = {dropout};\nconst HEAD_DIM: u32 = {head_dim}u;\n");
-    let philox = include_str!("../../../wgsl/philox.wgsl");
+    let philox = PHILOX;
     // The names of the two tile sizes depend on which side a workgroup owns.
     let (own_name, other_name) = if pass == Pass::Dkv { ("BLOCK_K", "BLOCK_Q") } else { ("BLOCK_Q", "BLOCK_K") };
     match variant {

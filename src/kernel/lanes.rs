@@ -1,0 +1,61 @@
+//! Row-wise kernels are written once and run with four columns a thread where rows allow vector loads, else with one.
+
+use std::sync::Once;
+
+use burn::tensor::DType;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::{Kernel, Kernels, choice};
+
+/// What a thread handles at a time, a lane: four neighbouring columns or one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lanes {
+    width: usize,
+    /// Lanes in a row.
+    pub count: usize,
+}
+
+impl Lanes {
+    /// For rows of `columns` elements.
+    pub fn of(columns: usize) -> Self {
+        let width = if columns.is_multiple_of(4) { 4 } else { 1 };
+        Self { width, count: columns / width }
+    }
+
+    /// A kernel made of `files` for lanes of this width: activations are stored in f16 or f32, `constants` are declared in its
+    /// header, and what the lanes are is put in front of the files.
+    pub fn kernel(
+        self,
+        name: &'static str,
+        f16: bool,
+        constants: &str,
+        files: &[&'static str],
+        threads: u32,
+    ) -> Kernel {
+        let (enable, elem) = if f16 { ("enable f16;\n", "f16") } else { ("", "f32") };
+        let header = format!("{enable}alias elem = {elem};\nconst WIDTH: u32 = {}u;\n{constants}", self.width);
+        let lanes = if self.width == 4 {
+            include_str!("../../wgsl/lanes4.wgsl")
+        } else {
+            include_str!("../../wgsl/lanes1.wgsl")
+        };
+        let files = std::iter::once(lanes).chain(files.iter().copied()).collect();
+        Kernel::new(name, header, files, (threads, 1, 1))
+    }
+}
+
+/// Whether our kernels serve an operation on `tensor`: the user wants them, and they exist for its type and for `case`, what
+/// else the operation asks for. A refusal that is not the user's choice is told once.
+pub fn serves(tensor: &CubeTensor, case: Result<(), &str>) -> bool {
+    static ONCE: Once = Once::new();
+    if choice() == Kernels::Composed {
+        return false;
+    }
+    let refusal = match case {
+        Err(refusal) => refusal,
+        Ok(()) if tensor.dtype == DType::F32 => return true,
+        Ok(()) => "tensors that are not f32",
+    };
+    ONCE.call_once(|| tracing::warn!("no kernel of ours for {refusal}: composed instead"));
+    false
+}

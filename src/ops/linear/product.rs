@@ -1,0 +1,126 @@
+//! One matrix product on the GPU: out (M, N) = epilogue(A · B).
+
+use burn::tensor::{DType, Shape};
+use burn_cubecl::tensor::CubeTensor;
+
+use super::tiles::{self, Epilogue, Layout, Spec};
+use crate::kernel::{self, Kernel, Variant, Work, fold};
+use crate::ops::dropout::Dropout;
+
+/// Workgroups that a large GPU wants at least: a tall K is split until there are as many. Two for each of an H200's 132
+/// processors; a smaller GPU is full long before.
+const ENOUGH_GROUPS: usize = 264;
+
+/// Least steps over K that are worth a workgroup of their own.
+const LEAST_STEPS: usize = 8;
+
+/// A product's factors. A and B are stored as `layout` says, each row `strides` elements after the one before.
+#[derive(Clone, Copy)]
+pub struct Product<'a> {
+    /// How A and B are stored.
+    pub layout: Layout,
+    /// A.
+    pub a: &'a CubeTensor,
+    /// B.
+    pub b: &'a CubeTensor,
+    /// Rows of A and of out.
+    pub m: usize,
+    /// Columns of B and of out.
+    pub n: usize,
+    /// What is summed over.
+    pub k: usize,
+    /// Elements from row to row of A, B and out (and of the epilogue's extra matrix).
+    pub strides: [usize; 3],
+    /// What A is multiplied by before it is rounded to f16, and the sums divided by; 1 changes nothing.
+    pub scale: f32,
+    /// What follows the sums.
+    pub epilogue: Epilogue,
+    /// Added to every row (N), f32.
+    pub bias: Option<&'a CubeTensor>,
+    /// The epilogue's second matrix, read or written.
+    pub extra: Option<&'a CubeTensor>,
+    /// The residual epilogue's dropout.
+    pub dropout: Dropout,
+}
+
+impl<'a> Product<'a> {
+    /// Contiguous matrices and nothing behind the sums.
+    pub fn plain(layout: Layout, a: &'a CubeTensor, b: &'a CubeTensor, m: usize, n: usize, k: usize) -> Self {
+        let strides = match layout {
+            Layout::Nt => [k, k, n],
+            Layout::Nn => [k, n, n],
+            Layout::Tn => [m, n, n],
+        };
+        let (scale, epilogue, dropout) = (1.0, Epilogue::Plain, Dropout::OFF);
+        Self { layout, a, b, m, n, k, strides, scale, epilogue, bias: None, extra: None, dropout }
+    }
+
+    /// Queues the product into `out`, M rows of `strides[2]` elements.
+    pub fn launch(&self, variant: Variant, out: &CubeTensor) {
+        self.launch_split(variant, self.k, out);
+    }
+
+    /// Queues the product into `out` with K split over workgroups where M × N alone gives too few of them: a weight's
+    /// gradient. The parts are added in a fixed order. `accumulate` adds to what `out` (f32, without padding) holds.
+    pub fn launch_tall(&self, variant: Variant, out: &CubeTensor, accumulate: bool) {
+        let tile = tiles::choose(variant, self.m, self.n);
+        let steps = self.k.div_ceil(tile.k as usize);
+        let wanted = ENOUGH_GROUPS.div_ceil(tile.blocks(self.m, self.n)).clamp(1, steps.div_ceil(LEAST_STEPS).max(1));
+        let k_split = steps.div_ceil(wanted) * tile.k as usize;
+        let splits = self.k.div_ceil(k_split.max(1));
+        if splits <= 1 && !accumulate {
+            return self.launch(variant, out);
+        }
+        let parts = kernel::empty_of(out, Shape::new([splits, self.m, self.n]), DType::F32);
+        self.launch_split(variant, k_split, &parts);
+        sum_parts(&parts, splits, out, accumulate);
+    }
+
+    fn launch_split(&self, variant: Variant, k_split: usize, out: &CubeTensor) {
+        let Self { m, n, k, strides, .. } = *self;
+        if m * n == 0 {
+            return;
+        }
+        let tile = tiles::choose(variant, m, n);
+        let f16 = |tensor: &CubeTensor| tensor.dtype == DType::F16;
+        let scaled = self.scale != 1.0 && variant.rounds_f32();
+        let scale = if scaled { self.scale } else { 1.0 };
+        let spec = Spec {
+            variant,
+            layout: self.layout,
+            epilogue: self.epilogue,
+            bias: self.bias.is_some(),
+            f16: [f16(self.a), f16(self.b), f16(out)],
+            quads: strides.iter().all(|stride| stride % 4 == 0),
+            edges: [m % tile.m as usize != 0, n % tile.n as usize != 0, k % tile.k as usize != 0],
+            scaled,
+            tile,
+        };
+        let (a_rows, b_rows) = match self.layout {
+            Layout::Nt => (m, n),
+            Layout::Nn => (m, k),
+            Layout::Tn => (k, k),
+        };
+        let mut params = [m, n, k, k_split, strides[0], strides[1], strides[2]].map(|size| size as u32).to_vec();
+        params.extend([(a_rows * strides[0]) as u32 - 1, (b_rows * strides[1]) as u32 - 1]);
+        params.extend([scale.to_bits(), scale.recip().to_bits()]);
+        let [seed_lo, seed_hi, step, site, threshold, keep_scale] = self.dropout.params();
+        params.extend([threshold, seed_lo, seed_hi, step, site, keep_scale, 0, 0, 0]);
+        let mut tensors = vec![self.a, self.b, out];
+        tensors.extend(self.bias);
+        tensors.extend(self.extra);
+        let groups = tile.blocks(m, n) * k.div_ceil(k_split.max(1)).max(1);
+        let work = Work { flops: 2.0 * (m * n) as f64 * k as f64, sizes: Some([m, n, k]) };
+        tiles::kernel(&spec).with_work(work).launch(fold(groups as u32), &tensors, &params);
+    }
+}
+
+/// out = Σ parts (parts, ...), added to what out holds where `accumulate` says so. All f32.
+pub fn sum_parts(parts: &CubeTensor, count: usize, out: &CubeTensor, accumulate: bool) {
+    let elements = out.meta.shape().num_elements();
+    let (element, width) = if elements.is_multiple_of(4) { ("vec4<f32>", 4) } else { ("f32", 1) };
+    let header = format!("alias element = {element};\nconst ACCUMULATE: bool = {accumulate};\n");
+    let kernel = Kernel::new("sum_parts", header, vec![include_str!("../../../wgsl/sum_parts.wgsl")], (256, 1, 1));
+    let groups = (elements / width).div_ceil(256);
+    kernel.launch(fold(groups as u32), &[parts, out], &[(elements / width) as u32, count as u32]);
+}

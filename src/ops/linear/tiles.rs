@@ -1,0 +1,229 @@
+//! Which matrix-product kernel runs with which tiles: tables of data, and the headers made from them.
+
+use crate::kernel::{Kernel, PHILOX, SUBGROUP_SIZE, Variant};
+
+/// How the two factors of out (M, N) = A (M, K) · B (K, N) are stored; every matrix is row-major.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// A (M, K), B (N, K): a layer forward, x wᵀ.
+    Nt,
+    /// A (M, K), B (K, N): the gradient of its input, dy w.
+    Nn,
+    /// A (K, M), B (K, N): the gradient of its weight, dyᵀ x.
+    Tn,
+}
+
+/// What follows the sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Epilogue {
+    /// Nothing but the bias.
+    Plain,
+    /// extra = sum + bias, out = gelu(extra); whether by tanh.
+    Gelu {
+        /// The tanh approximation, else the error function.
+        tanh: bool,
+    },
+    /// out = extra + dropout(sum + bias).
+    Residual {
+        /// Whether anything is dropped.
+        dropout: bool,
+    },
+}
+
+/// Everything that makes one kernel's text differ from another's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Spec {
+    /// How the products are made.
+    pub variant: Variant,
+    /// How A and B are stored.
+    pub layout: Layout,
+    /// What follows the sums.
+    pub epilogue: Epilogue,
+    /// Whether a bias is added.
+    pub bias: bool,
+    /// Whether A, B and out are stored in f16, else f32.
+    pub f16: [bool; 3],
+    /// Whether every row of every matrix begins at a multiple of four elements.
+    pub quads: bool,
+    /// Whether M, N and K (or a split of it) are no multiples of the tile's.
+    pub edges: [bool; 3],
+    /// Whether A is multiplied by a factor before it is rounded for the matrices.
+    pub scaled: bool,
+    /// The tile.
+    pub tile: Tile,
+}
+
+/// What one workgroup computes: `m` × `n` of the output, `k` at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Rows.
+    pub m: u32,
+    /// Columns.
+    pub n: u32,
+    /// Depth of a step.
+    pub k: u32,
+    /// Subgroups over the rows and columns (cooperative), or threads over them (scalar).
+    pub grid: (u32, u32),
+}
+
+const fn tile(m: u32, n: u32, k: u32, rows: u32, cols: u32) -> Tile {
+    Tile { m, n, k, grid: (rows, cols) }
+}
+
+impl Tile {
+    /// Workgroups that cover (m, n) once.
+    pub fn blocks(&self, m: usize, n: usize) -> usize {
+        m.div_ceil(self.m as usize) * n.div_ceil(self.n as usize)
+    }
+}
+
+/// The tile for a product of this shape. Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
+pub fn choose(variant: Variant, m: usize, n: usize) -> Tile {
+    match variant {
+        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 32, 16, 16),
+        Variant::Scalar => tile(64, 64, 32, 8, 8),
+        Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2),
+        // Eight subgroups of 64 x 64 each: the best ratio of products to loads, 43 KB of workgroup memory.
+        Variant::Coop { .. } if m >= 128 && n >= 256 => tile(128, 256, 32, 2, 4),
+        Variant::Coop { .. } => tile(64, 64, 32, 1, 2),
+    }
+}
+
+/// The kernel of `spec`.
+pub fn kernel(spec: &Spec) -> Kernel {
+    let Spec { variant, layout, epilogue, bias, f16, quads, edges, scaled, tile } = *spec;
+    let elem = |f16: bool| if f16 { "f16" } else { "f32" };
+    let (kind, detail) = match epilogue {
+        Epilogue::Plain => ("plain", String::new()),
+        Epilogue::Gelu { tanh } => ("gelu", format!("const GELU_TANH: bool = {tanh};\n")),
+        Epilogue::Residual { dropout } => ("residual", format!("const DROPOUT: bool = {dropout};\n")),
+    };
+    // Bindings: A, B, out, then the bias and the extra matrix where there are any, then the parameters.
+    let extra = 3 + u32::from(bias);
+    let params = extra + u32::from(epilogue != Epilogue::Plain);
+    let multiplies_f16 = matches!(variant, Variant::Coop { f16: true, .. });
+    // The comment tells apart what the constants do not: a kernel's identity is its name and its header.
+    let access = if quads { "quads" } else { "singles" };
+    let mut header = String::new();
+    if multiplies_f16 || f16.contains(&true) {
+        header += "enable f16;\n";
+    }
+    if let Variant::Coop { edge, f16 } = variant {
+        let matrix = elem(f16);
+        header += &format!(
+            "enable wgpu_cooperative_matrix;\nalias mat_elem = {matrix};\n\
+             alias mat_a = coop_mat{edge}x{edge}<{matrix}, A>;\nalias mat_b = coop_mat{edge}x{edge}<{matrix}, B>;\n\
+             alias mat_c = coop_mat{edge}x{edge}<f32, C>;\nconst EDGE: u32 = {edge}u;\n\
+             const SUBGROUP_SIZE: u32 = {SUBGROUP_SIZE}u;\n\
+             const SUBGROUP_ROWS: u32 = {}u;\nconst SUBGROUP_COLS: u32 = {}u;\nconst A_SCALED: bool = {scaled};\n",
+            tile.grid.0, tile.grid.1
+        );
+    } else {
+        header += &format!("const THREAD_ROWS: u32 = {}u;\nconst THREAD_COLS: u32 = {}u;\n", tile.grid.0, tile.grid.1);
+    }
+    header += &format!(
+        "alias a_elem = {};\nalias b_elem = {};\nalias out_elem = {};\n\
+         const BLOCK_M: u32 = {}u;\nconst BLOCK_N: u32 = {}u;\nconst BLOCK_K: u32 = {}u;\n\
+         const A_BY_K: bool = {};\nconst B_BY_N: bool = {};\n\
+         const M_EDGE: bool = {};\nconst N_EDGE: bool = {};\nconst K_EDGE: bool = {};\n\
+         const BIAS_BINDING: u32 = 3u;\nconst EXTRA: u32 = {extra}u;\nconst PARAMS: u32 = {params}u;\n\
+         // {kind}, {access}, bias: {bias}\n{detail}",
+        elem(f16[0]),
+        elem(f16[1]),
+        elem(f16[2]),
+        tile.m,
+        tile.n,
+        tile.k,
+        layout == Layout::Tn,
+        layout == Layout::Nt,
+        edges[0],
+        edges[1],
+        edges[2],
+    );
+    let mut files = match epilogue {
+        Epilogue::Gelu { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
+        Epilogue::Residual { .. } => vec![PHILOX],
+        Epilogue::Plain => vec![],
+    };
+    files.extend([
+        include_str!("../../../wgsl/linear_params.wgsl"),
+        if quads {
+            include_str!("../../../wgsl/linear_quads.wgsl")
+        } else {
+            include_str!("../../../wgsl/linear_singles.wgsl")
+        },
+        if bias {
+            include_str!("../../../wgsl/linear_bias.wgsl")
+        } else {
+            include_str!("../../../wgsl/linear_no_bias.wgsl")
+        },
+        match epilogue {
+            Epilogue::Plain => include_str!("../../../wgsl/linear_plain.wgsl"),
+            Epilogue::Gelu { .. } => include_str!("../../../wgsl/linear_gelu.wgsl"),
+            Epilogue::Residual { .. } => include_str!("../../../wgsl/linear_residual.wgsl"),
+        },
+    ]);
+    match variant {
+        Variant::Scalar => {
+            files.push(include_str!("../../../wgsl/linear_scalar.wgsl"));
+            Kernel::new("linear_scalar", header, files, (tile.grid.0 * tile.grid.1, 1, 1))
+        }
+        Variant::Coop { edge, .. } => {
+            // Metal's matrices want single elements behind them, and it alone has edge 8.
+            files.push(if edge == 8 {
+                include_str!("../../../wgsl/linear_coop_memory_singles.wgsl")
+            } else {
+                include_str!("../../../wgsl/linear_coop_memory_quads.wgsl")
+            });
+            files.push(include_str!("../../../wgsl/linear_coop.wgsl"));
+            Kernel::new("linear_coop", header, files, (tile.grid.0 * tile.grid.1 * SUBGROUP_SIZE, 1, 1))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every tile of the table with every layout, epilogue, access and edge is valid WGSL, and keeps Metal's 32 KiB where
+    /// Metal can reach it; elsewhere 48 KiB, what NVIDIA's Vulkan has.
+    #[test]
+    fn every_row_of_the_table_is_valid_and_fits() {
+        let variants = [
+            Variant::Scalar,
+            Variant::Coop { edge: 16, f16: true },
+            Variant::Coop { edge: 8, f16: true },
+            Variant::Coop { edge: 8, f16: false },
+        ];
+        let epilogues = [
+            Epilogue::Plain,
+            Epilogue::Gelu { tanh: false },
+            Epilogue::Gelu { tanh: true },
+            Epilogue::Residual { dropout: true },
+        ];
+        let sizes = [(1, 1), (128, 128), (4096, 4096)];
+        for (variant, (m, n)) in variants.into_iter().flat_map(|v| sizes.map(|size| (v, size))) {
+            let limit = if variant == (Variant::Coop { edge: 16, f16: true }) { 48 << 10 } else { 32 << 10 };
+            for layout in [Layout::Nt, Layout::Nn, Layout::Tn] {
+                for epilogue in epilogues {
+                    for flag in [false, true] {
+                        let spec = Spec {
+                            variant,
+                            layout,
+                            epilogue,
+                            bias: flag,
+                            f16: [flag && variant != Variant::Coop { edge: 8, f16: false }; 3],
+                            quads: !flag,
+                            edges: [flag; 3],
+                            scaled: flag,
+                            tile: choose(variant, m, n),
+                        };
+                        let bytes =
+                            kernel(&spec).workgroup_memory().unwrap_or_else(|error| panic!("{spec:?}: {error}"));
+                        assert!(bytes <= limit, "{spec:?}: {bytes} bytes of workgroup memory");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,226 @@
+// A matrix product with cooperative matrices: edge 16 on NVIDIA's Vulkan, edge 8 on Metal.
+//
+// One workgroup computes BLOCK_M x BLOCK_N of out over its part of K:
+//     for each BLOCK_K of k (in workgroup memory, the next ones in registers):
+//         sums += A B                                     matrices; a subgroup owns ROW_TILES x COL_TILES of them
+//     the sums pass through the subgroup's scratch, EDGE rows at a time, to the epilogue
+// The tiles keep the order of storage; a matrix is loaded by rows or by columns to suit.
+//
+// Header (beside it philox, gelu, linear_params, linear_quads or _singles, linear_bias, linear_epilogue, linear_coop_memory):
+//     enable f16 (unless everything is f32); enable wgpu_cooperative_matrix
+//     mat_elem            f16, or f32 where the matrices have it: what is multiplied; sums are f32
+//     mat_a, mat_b        coop_matNxN<mat_elem, A> and <mat_elem, B>
+//     mat_c               coop_matNxN<f32, C>
+//     EDGE                N
+//     SUBGROUP_SIZE       exact (32)
+//     SUBGROUP_ROWS, SUBGROUP_COLS   subgroups of the workgroup over BLOCK_M and BLOCK_N, at least 2 in all
+//     BLOCK_M, BLOCK_N    1, 2 or 4 * EDGE a subgroup (rows: 3 too)
+//     BLOCK_K             a multiple of EDGE; at most 16 quads of A and of B a thread
+//     A_BY_K, B_BY_N      bool: A is stored (K, M), else (M, K); B is stored (N, K), else (K, N)
+//     M_EDGE, N_EDGE, K_EDGE   bool: whether M, N, K (or a part of it) are no multiples of BLOCK_M, BLOCK_N, BLOCK_K
+//     A_SCALED            bool: whether A is multiplied by params.a_scale before it is rounded to mat_elem
+// Workgroup: THREADS = SUBGROUP_ROWS * SUBGROUP_COLS * SUBGROUP_SIZE.
+// Grid: splits * ceil(M / BLOCK_M) * ceil(N / BLOCK_N) workgroups, folded into (x, y) when over 65535.
+
+const THREADS: u32 = SUBGROUP_ROWS * SUBGROUP_COLS * SUBGROUP_SIZE;
+const ROW_TILES: u32 = BLOCK_M / SUBGROUP_ROWS / EDGE;
+const COL_TILES: u32 = BLOCK_N / SUBGROUP_COLS / EDGE;
+// A "quad" is four neighbours that move as one vec4.
+const A_ROW_QUADS: u32 = select(BLOCK_K, BLOCK_M, A_BY_K) / 4u; // of a row of the tile as stored
+const B_ROW_QUADS: u32 = select(BLOCK_N, BLOCK_K, B_BY_N) / 4u;
+const A_STEPS: u32 = BLOCK_M * BLOCK_K / 4u / THREADS;
+const B_STEPS: u32 = BLOCK_N * BLOCK_K / 4u / THREADS;
+// Scratch: SCRATCH_TILES matrices side by side for each subgroup.
+const SCRATCH_TILES: u32 = min(select(1u, 2u, SUBGROUP_ROWS * SUBGROUP_COLS <= 4u), COL_TILES);
+const SCRATCH_COLS: u32 = SCRATCH_TILES * EDGE;
+const SCRATCH_STRIDE: u32 = SCRATCH_COLS + 8u;
+const SUBGROUP_SCRATCH: u32 = EDGE * SCRATCH_STRIDE;
+const LANE_QUADS: u32 = EDGE * SCRATCH_COLS / 4u / SUBGROUP_SIZE;
+
+// Indices that are constants even where a configuration has fewer
+const R1: u32 = min(1u, ROW_TILES - 1u);
+const R2: u32 = min(2u, ROW_TILES - 1u);
+const R3: u32 = min(3u, ROW_TILES - 1u);
+const C1: u32 = min(1u, COL_TILES - 1u);
+const C2: u32 = min(2u, COL_TILES - 1u);
+const C3: u32 = min(3u, COL_TILES - 1u);
+
+var<workgroup> scratch: array<f32, SUBGROUP_ROWS * SUBGROUP_COLS * SUBGROUP_SCRATCH>;
+
+// What a lane and its subgroup hold. Whatever indexes these arrays is written out as calls: NVIDIA's compiler does not
+// unroll nested loops, and an array that it cannot index by constants leaves the registers (measured: six times slower).
+var<private> sums: array<mat_c, ROW_TILES * COL_TILES>;
+var<private> left: array<mat_a, ROW_TILES>;
+var<private> next_a: array<vec4<a_elem>, A_STEPS>;
+var<private> next_b: array<vec4<b_elem>, B_STEPS>;
+var<private> tile_row: u32; // the subgroup's place in the block
+var<private> tile_col: u32;
+
+// One quad of the tile of A that begins at first_k -> registers. Rows beyond the matrix repeat its last; k beyond the end
+// counts 0 in A, so what it meets in B only has to be a number, which the padding of a row need not be.
+fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
+    let index = thread + i * THREADS;
+    let row = index / A_ROW_QUADS;
+    let col = index % A_ROW_QUADS * 4u;
+    if (A_BY_K) {
+        let k = first_k + row;
+        next_a[i] = load_a(row_of_k(k) * params.a_stride + quad_of_m(place.first_row + col));
+        if (K_EDGE) {
+            next_a[i] = select(vec4<a_elem>(), next_a[i], vec4<bool>(k < place.end_k));
+        }
+    } else {
+        let k = first_k + col;
+        next_a[i] = load_a(row_of_m(place.first_row + row) * params.a_stride + quad_of_k(k));
+        if (K_EDGE) {
+            next_a[i] = select(vec4<a_elem>(), next_a[i], k + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(place.end_k));
+        }
+    }
+}
+
+fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
+    let index = thread + i * THREADS;
+    let row = index / B_ROW_QUADS;
+    let col = index % B_ROW_QUADS * 4u;
+    if (B_BY_N) {
+        next_b[i] = load_b(row_of_n(place.first_col + row) * params.b_stride + quad_of_k(first_k + col));
+        if (K_EDGE) {
+            let inside = first_k + col + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(params.k);
+            next_b[i] = select(vec4<b_elem>(), next_b[i], inside);
+        }
+    } else {
+        next_b[i] = load_b(row_of_k(first_k + row) * params.b_stride + quad_of_n(place.first_col + col));
+    }
+}
+
+fn stage_a(i: u32, thread: u32) {
+    let index = thread + i * THREADS;
+    var value = vec4<mat_elem>(next_a[i]);
+    if (A_SCALED) {
+        value = vec4<mat_elem>(vec4<f32>(next_a[i]) * params.a_scale);
+    }
+    store_a(index / A_ROW_QUADS * A_PITCH + index % A_ROW_QUADS * 4u / PACK, value);
+}
+
+fn stage_b(i: u32, thread: u32) {
+    let index = thread + i * THREADS;
+    store_b(index / B_ROW_QUADS * B_PITCH + index % B_ROW_QUADS * 4u / PACK, vec4<mat_elem>(next_b[i]));
+}
+
+fn fetch(place: Place, first_k: u32, thread: u32) {
+    for (var i = 0u; i < min(4u, A_STEPS); i++) { fetch_a(i, place, first_k, thread); }
+    for (var i = 4u; i < min(8u, A_STEPS); i++) { fetch_a(i, place, first_k, thread); }
+    for (var i = 8u; i < min(12u, A_STEPS); i++) { fetch_a(i, place, first_k, thread); }
+    for (var i = 12u; i < A_STEPS; i++) { fetch_a(i, place, first_k, thread); }
+    for (var i = 0u; i < min(4u, B_STEPS); i++) { fetch_b(i, place, first_k, thread); }
+    for (var i = 4u; i < min(8u, B_STEPS); i++) { fetch_b(i, place, first_k, thread); }
+    for (var i = 8u; i < min(12u, B_STEPS); i++) { fetch_b(i, place, first_k, thread); }
+    for (var i = 12u; i < B_STEPS; i++) { fetch_b(i, place, first_k, thread); }
+}
+
+fn stage(thread: u32) {
+    for (var i = 0u; i < min(4u, A_STEPS); i++) { stage_a(i, thread); }
+    for (var i = 4u; i < min(8u, A_STEPS); i++) { stage_a(i, thread); }
+    for (var i = 8u; i < min(12u, A_STEPS); i++) { stage_a(i, thread); }
+    for (var i = 12u; i < A_STEPS; i++) { stage_a(i, thread); }
+    for (var i = 0u; i < min(4u, B_STEPS); i++) { stage_b(i, thread); }
+    for (var i = 4u; i < min(8u, B_STEPS); i++) { stage_b(i, thread); }
+    for (var i = 8u; i < min(12u, B_STEPS); i++) { stage_b(i, thread); }
+    for (var i = 12u; i < B_STEPS; i++) { stage_b(i, thread); }
+}
+
+fn load_left(i: u32, k: u32) {
+    let row = tile_row + i * EDGE;
+    if (A_BY_K) {
+        left[i] = coopLoad<mat_a>(&tile_a[k * A_PITCH + row / PACK], A_PITCH);
+    } else {
+        left[i] = coopLoadT<mat_a>(&tile_a[row * A_PITCH + k / PACK], A_PITCH);
+    }
+}
+
+// Column j of the subgroup's matrices += left times one matrix of B
+fn multiply_column(j: u32, k: u32) {
+    let col = tile_col + j * EDGE;
+    var right: mat_b;
+    if (B_BY_N) {
+        right = coopLoad<mat_b>(&tile_b[col * B_PITCH + k / PACK], B_PITCH);
+    } else {
+        right = coopLoadT<mat_b>(&tile_b[k * B_PITCH + col / PACK], B_PITCH);
+    }
+    sums[j] = coopMultiplyAdd(left[0], right, sums[j]);
+    if (ROW_TILES > 1u) { sums[R1 * COL_TILES + j] = coopMultiplyAdd(left[R1], right, sums[R1 * COL_TILES + j]); }
+    if (ROW_TILES > 2u) { sums[R2 * COL_TILES + j] = coopMultiplyAdd(left[R2], right, sums[R2 * COL_TILES + j]); }
+    if (ROW_TILES > 3u) { sums[R3 * COL_TILES + j] = coopMultiplyAdd(left[R3], right, sums[R3 * COL_TILES + j]); }
+}
+
+fn multiply(k: u32) {
+    load_left(0u, k);
+    if (ROW_TILES > 1u) { load_left(R1, k); }
+    if (ROW_TILES > 2u) { load_left(R2, k); }
+    if (ROW_TILES > 3u) { load_left(R3, k); }
+    multiply_column(0u, k);
+    if (COL_TILES > 1u) { multiply_column(C1, k); }
+    if (COL_TILES > 2u) { multiply_column(C2, k); }
+    if (COL_TILES > 3u) { multiply_column(C3, k); }
+}
+
+// SCRATCH_TILES matrices side by side -> the epilogue
+fn finish_tiles(i: u32, j: u32, place: Place, subgroup: u32, lane: u32) {
+    let base = subgroup * SUBGROUP_SCRATCH;
+    let stride = SCRATCH_STRIDE;
+    coopStoreT(sums[i * COL_TILES + j], &scratch[base], stride);
+    if (SCRATCH_TILES > 1u) {
+        let second = base + EDGE;
+        coopStoreT(sums[i * COL_TILES + j + C1], &scratch[second], stride);
+    }
+    workgroupBarrier();
+    for (var q = 0u; q < LANE_QUADS; q++) {
+        let quad = lane + q * SUBGROUP_SIZE;
+        let row = quad / (SCRATCH_COLS / 4u);
+        let col = quad % (SCRATCH_COLS / 4u) * 4u;
+        let at = base + row * SCRATCH_STRIDE + col;
+        finish(
+            place.out_row + tile_row + i * EDGE + row,
+            place.first_col + tile_col + j * EDGE + col,
+            place.split,
+            vec4<f32>(scratch[at], scratch[at + 1u], scratch[at + 2u], scratch[at + 3u]),
+        );
+    }
+    workgroupBarrier();
+}
+
+fn finish_row_of_tiles(i: u32, place: Place, subgroup: u32, lane: u32) {
+    finish_tiles(i, 0u, place, subgroup, lane);
+    if (COL_TILES > 1u && SCRATCH_TILES == 1u) { finish_tiles(i, C1, place, subgroup, lane); }
+    if (COL_TILES > 2u) { finish_tiles(i, C2, place, subgroup, lane); }
+    if (COL_TILES > 3u && SCRATCH_TILES == 1u) { finish_tiles(i, C3, place, subgroup, lane); }
+}
+
+@compute @workgroup_size(THREADS)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let place = place_of(group.y * groups.x + group.x);
+    let subgroup = thread / SUBGROUP_SIZE;
+    let lane = thread % SUBGROUP_SIZE;
+    tile_row = subgroup / SUBGROUP_COLS * ROW_TILES * EDGE;
+    tile_col = subgroup % SUBGROUP_COLS * COL_TILES * EDGE;
+
+    fetch(place, place.first_k, thread);
+    for (var first_k = place.first_k; first_k < place.end_k; first_k += BLOCK_K) {
+        workgroupBarrier();
+        stage(thread);
+        workgroupBarrier();
+        // The last step fetches its own tile again rather than branch.
+        fetch(place, select(first_k, first_k + BLOCK_K, first_k + BLOCK_K < place.end_k), thread);
+        for (var k = 0u; k < BLOCK_K; k += EDGE) {
+            multiply(k);
+        }
+    }
+
+    finish_row_of_tiles(0u, place, subgroup, lane);
+    if (ROW_TILES > 1u) { finish_row_of_tiles(R1, place, subgroup, lane); }
+    if (ROW_TILES > 2u) { finish_row_of_tiles(R2, place, subgroup, lane); }
+    if (ROW_TILES > 3u) { finish_row_of_tiles(R3, place, subgroup, lane); }
+}

@@ -1,0 +1,13 @@
+// The epilogue of a linear_* kernel: extra = sum + bias, out = gelu(extra), four neighbouring columns of one row at a time.
+// Prepend gelu, linear_params, linear_quads or linear_singles, linear_bias or linear_no_bias.
+
+fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>) {
+    if (row >= params.m || col >= params.n) {
+        return;
+    }
+    let count = min(4u, params.n - col);
+    let index = row * params.out_stride + col;
+    let hidden = sum * params.out_scale + bias_at(col);
+    store_extra(index, count, hidden);
+    store_out(index, count, gelu(hidden));
+}

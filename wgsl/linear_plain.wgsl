@@ -1,0 +1,10 @@
+// The epilogue of a linear_* kernel: out = sum + bias, four neighbouring columns of one row at a time.
+// Prepend linear_params, linear_quads or linear_singles, linear_bias or linear_no_bias.
+
+fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>) {
+    if (row >= params.m || col >= params.n) {
+        return;
+    }
+    let index = (split * params.m + row) * params.out_stride + col;
+    store_out(index, min(4u, params.n - col), sum * params.out_scale + bias_at(col));
+}

@@ -23,7 +23,7 @@ use crate::model::{Gpt, GptConfig};
 use crate::ops::linear::Gelu;
 use crate::optim::{self, Optimizer};
 use crate::profile::{self, Profile};
-use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, Mfu, Timer};
+use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, Mfu, Op, Timer};
 use crate::rng;
 use crate::train::{self, Step};
 
@@ -52,7 +52,7 @@ pub struct Bench<'a> {
 /// Micro-batches that are made, and used in turn.
 const BATCHES: u64 = 8;
 
-/// Measures.
+/// Measures. The second is the step that was taken apart, where that was asked for.
 ///
 /// # Errors
 /// When the data is bad, the device fails, or a loss is no number: times of wrong work mean nothing.
@@ -127,7 +127,22 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     let dataset = bench.data.map(|_| format!("tokens of {}", config.data.dataset));
     report.data = Some(dataset.unwrap_or_else(|| "random tokens".into()));
     report.losses = Some(losses);
+    report.ops = profile.as_ref().map(ops);
     Ok((report, profile))
+}
+
+/// The profile as the report's operations.
+fn ops(profile: &Profile) -> Vec<Op> {
+    let rate = |amount: f64, ms: f64| Some(amount / ms * 1e3).filter(|rate| rate.is_finite() && *rate > 0.0);
+    let op = |row: &profile::Row| Op {
+        name: row.name.clone(),
+        count: row.count,
+        ms: row.ms,
+        percent: 100.0 * row.ms / profile.step_ms,
+        flops_per_s: rate(row.flops, row.ms),
+        bytes_per_s: rate(row.bytes, row.ms),
+    };
+    profile.rows.iter().map(op).collect()
 }
 
 /// tokens and targets, each (B, T), of one micro-batch.

@@ -112,10 +112,25 @@ fn bench_refuses_what_it_cannot_measure() {
     refused(&sandbox.run(&["bench", "--iters=0"]), 2, &["--iters", "at least 1"]);
     refused(&sandbox.run(&["bench", "none.toml"]), 2, &["none.toml"]);
     refused(&sandbox.run(&["bench", "--json=none/report.json"]), 1, &["--json", "no folder none"]);
+    refused(&sandbox.run(&["bench", "--device=cpu", "--ops"]), 1, &["--ops", "the CPU has none"]);
     refused(&sandbox.run(&["bench", "--device=cuda"]), 1, &["--device cuda"]);
     refused(&sandbox.run(&["bench", "--n-head=0"]), 2, &["n_head = 0"]);
     let flags = ["--learning-rate=1e30", "--warmup-iters=0", "--grad-clip=0", "--no-peak"];
     refused(&sandbox.run(&[&["bench"], TINY, &flags].concat()), 1, &["a loss is NaN", "gpt-wgpu doctor --device cpu"]);
+}
+
+#[test]
+fn a_step_is_taken_apart_by_kernel_into_the_report() {
+    let Some(adapter) = adapter() else { return };
+    let sandbox = Sandbox::new();
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/ci.toml");
+    let flags = ["--iters=2", "--warmup=1", "--no-peak", "--ops", "--json=report.json"];
+    let output = sandbox.run(&[&["bench", config, &format!("--device={adapter}")], &flags[..]].concat());
+    assert!(worked(output).contains("| kernel | launches |"));
+    let ops = sandbox.report("report.json").ops.unwrap();
+    let count = |name: &str| ops.iter().filter(|op| op.name.starts_with(name)).map(|op| op.count).sum::<usize>();
+    assert_eq!(count("attention_scalar_forward"), 2, "one a layer: {ops:?}");
+    assert!(ops.iter().all(|op| op.ms >= 0.0 && op.percent >= 0.0), "{ops:?}");
 }
 
 #[test]

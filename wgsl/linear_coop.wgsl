@@ -28,10 +28,8 @@ const COL_TILES: u32 = BLOCK_N / SUBGROUP_COLS / EDGE;
 // A "quad" is four neighbours that move as one vec4.
 const A_ROW_QUADS: u32 = select(BLOCK_K, BLOCK_M, A_BY_K) / 4u; // of a row of the tile as stored
 const B_ROW_QUADS: u32 = select(BLOCK_N, BLOCK_K, B_BY_N) / 4u;
-const A_QUADS: u32 = BLOCK_M * BLOCK_K / 4u; // of a tile
-const B_QUADS: u32 = BLOCK_N * BLOCK_K / 4u;
-const A_STEPS: u32 = (A_QUADS + THREADS - 1u) / THREADS; // quads that a thread moves; the last step may have too few
-const B_STEPS: u32 = (B_QUADS + THREADS - 1u) / THREADS;
+const A_STEPS: u32 = BLOCK_M * BLOCK_K / 4u / THREADS; // quads that a thread moves
+const B_STEPS: u32 = BLOCK_N * BLOCK_K / 4u / THREADS;
 // Scratch: SCRATCH_TILES matrices side by side for each subgroup.
 const SCRATCH_TILES: u32 = min(select(1u, 2u, SUBGROUP_ROWS * SUBGROUP_COLS <= 4u), COL_TILES);
 const SCRATCH_COLS: u32 = SCRATCH_TILES * EDGE;
@@ -58,21 +56,10 @@ var<private> next_b: array<vec4<b_elem>, B_STEPS>;
 var<private> tile_row: u32; // the subgroup's place in the block
 var<private> tile_col: u32;
 
-// The quad of a tile that a thread moves in step i; where there are too few, the last one again.
-fn a_index(i: u32, thread: u32) -> u32 {
-    let index = thread + i * THREADS;
-    return select(min(index, A_QUADS - 1u), index, A_QUADS % THREADS == 0u);
-}
-
-fn b_index(i: u32, thread: u32) -> u32 {
-    let index = thread + i * THREADS;
-    return select(min(index, B_QUADS - 1u), index, B_QUADS % THREADS == 0u);
-}
-
 // One quad of the tile of A that begins at first_k -> registers. Rows beyond the matrix repeat its last; k beyond the end
 // counts 0 in A, so what it meets in B only has to be a number, which the padding of a row need not be.
 fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
-    let index = a_index(i, thread);
+    let index = thread + i * THREADS;
     let row = index / A_ROW_QUADS;
     let col = index % A_ROW_QUADS * 4u;
     if (A_BY_K) {
@@ -91,7 +78,7 @@ fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
 }
 
 fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
-    let index = b_index(i, thread);
+    let index = thread + i * THREADS;
     let row = index / B_ROW_QUADS;
     let col = index % B_ROW_QUADS * 4u;
     if (B_BY_N) {
@@ -107,9 +94,6 @@ fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
 
 fn stage_a(i: u32, thread: u32) {
     let index = thread + i * THREADS;
-    if (A_QUADS % THREADS != 0u && index >= A_QUADS) {
-        return;
-    }
     var value = vec4<mat_elem>(next_a[i]);
     if (A_SCALED) {
         value = vec4<mat_elem>(vec4<f32>(next_a[i]) * params.a_scale);
@@ -119,9 +103,6 @@ fn stage_a(i: u32, thread: u32) {
 
 fn stage_b(i: u32, thread: u32) {
     let index = thread + i * THREADS;
-    if (B_QUADS % THREADS != 0u && index >= B_QUADS) {
-        return;
-    }
     store_b(index / B_ROW_QUADS * B_PITCH + index % B_ROW_QUADS * 4u / PACK, vec4<mat_elem>(next_b[i]));
 }
 

@@ -58,7 +58,7 @@ pub trait AdamWOps: Backend {
         composed_update::<Self>(p, g, m, v, scale, hyper)
     }
 
-    /// `sums` (N) with partial sums of g² in [`places`]`(g)` elements from `first` on; what they add up to is Σ g². The
+    /// `sums` (N) with partial sums of g² in the elements from `first` on, at most one for every 8192 of g; what they add up to is Σ g². The
     /// elements must be 0 before.
     fn square_sums(g: FloatTensor<Self>, sums: FloatTensor<Self>, first: usize) -> FloatTensor<Self> {
         composed_square_sums::<Self>(g, sums, first)

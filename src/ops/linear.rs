@@ -343,7 +343,7 @@ impl LinearOps for CubeBackend {
 
     fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
         let elements = h.meta.shape().num_elements();
-        if kernel::variant(&dy).is_none() || elements % 4 != 0 {
+        if kernel::variant(&dy).is_none() || !elements.is_multiple_of(4) {
             return composed_gelu_dh::<Self>(dy, h, gelu);
         }
         let (dy, h) = (into_contiguous(dy), into_contiguous(h));

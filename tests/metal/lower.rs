@@ -177,7 +177,7 @@ fn built_in(attribute: &str) -> Option<&'static str> {
         "thread_index_in_simdgroup" => "place.index % msl::LANES",
         "simdgroup_index_in_threadgroup" => "place.index / msl::LANES",
         "threads_per_simdgroup" => "msl::LANES",
-        "simdgroups_per_threadgroup" => "(KERNEL.threads + msl::LANES - 1) / msl::LANES",
+        "simdgroups_per_threadgroup" => "(place.size.x * place.size.y * place.size.z + msl::LANES - 1) / msl::LANES",
         _ => return None,
     })
 }

@@ -79,25 +79,18 @@ impl Tile {
     }
 }
 
-/// Processors of the largest GPU in mind, an H200. wgpu does not tell a device's; a smaller GPU only sees finer steps.
+/// Processors of the largest GPU in mind, an H200: wgpu does not tell a device's. A smaller GPU is full long before.
 pub const PROCESSORS: usize = 132;
-
-/// Edge 16's two large tiles, six or eight subgroups of 64 x 64: the best ratio of products to loads, 33 and 43 KB of
-/// workgroup memory, one workgroup a processor.
-const LARGE: [Tile; 2] = [tile(128, 256, 32, 2, 4), tile(128, 192, 32, 2, 3)];
 
 /// The tile for a product of this shape. Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
 pub fn choose(variant: Variant, m: usize, n: usize) -> Tile {
-    // The time of a tile: rounds of workgroups over the processors, times its size.
-    let cost = |tile: &Tile| tile.blocks(m, n).div_ceil(PROCESSORS) * (tile.m * tile.n) as usize;
     match variant {
-        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 32, 16, 16),
+        // As deep as Metal's 32 KiB of workgroup memory allow, in powers of two
+        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 16, 16, 16),
         Variant::Scalar => tile(64, 64, 32, 8, 8),
         Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2),
-        Variant::Coop { .. } if m >= 128 && n >= 192 => {
-            let [wide, narrow] = LARGE;
-            if cost(&narrow) < cost(&wide) { narrow } else { wide }
-        }
+        // Eight subgroups of 64 x 64 each: the best ratio of products to loads, 43 KB of workgroup memory.
+        Variant::Coop { .. } if m >= 128 && n >= 256 => tile(128, 256, 32, 2, 4),
         Variant::Coop { .. } => tile(64, 64, 32, 1, 2),
     }
 }
@@ -107,8 +100,7 @@ pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for variant in supported(capabilities, false) {
         // Every outcome of `choose`.
-        let tiles: HashSet<Tile> =
-            [(1, 1), (128, 128), (4096, 4096), (16384, 384)].map(|(m, n)| choose(variant, m, n)).into();
+        let tiles: HashSet<Tile> = [(1, 1), (128, 128), (4096, 4096)].map(|(m, n)| choose(variant, m, n)).into();
         for tile in tiles {
             for (quads, ragged) in [(true, false), (true, true), (false, true)] {
                 let plain = Spec {
@@ -208,12 +200,19 @@ pub fn kernel(spec: &Spec) -> Kernel {
         } else {
             include_str!("../../../wgsl/linear_no_bias.wgsl")
         },
-        match epilogue {
-            Epilogue::Plain => include_str!("../../../wgsl/linear_plain.wgsl"),
-            Epilogue::Gelu { .. } => include_str!("../../../wgsl/linear_gelu.wgsl"),
-            Epilogue::Residual { .. } => include_str!("../../../wgsl/linear_residual.wgsl"),
-        },
     ]);
+    if epilogue != Epilogue::Plain {
+        files.push(if quads {
+            include_str!("../../../wgsl/linear_extra_quads.wgsl")
+        } else {
+            include_str!("../../../wgsl/linear_extra_singles.wgsl")
+        });
+    }
+    files.push(match epilogue {
+        Epilogue::Plain => include_str!("../../../wgsl/linear_plain.wgsl"),
+        Epilogue::Gelu { .. } => include_str!("../../../wgsl/linear_gelu.wgsl"),
+        Epilogue::Residual { .. } => include_str!("../../../wgsl/linear_residual.wgsl"),
+    });
     match variant {
         Variant::Scalar => {
             files.push(include_str!("../../../wgsl/linear_scalar.wgsl"));

@@ -16,10 +16,25 @@ use burn::tensor::{Shape, Tensor};
 use crate::kernel::{Capabilities, Kernel};
 
 /// Every kernel that the operations can give a device with these capabilities. An operation adds its own here; the tests
-/// of Metal hold this list against the files in wgsl/.
+/// of Metal hold this list against the files in wgsl/. What draws random numbers is listed in both of its texts where the
+/// device has 64-bit integers.
 pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
-    let dropout = [1, 4].map(dropout::kernel).to_vec();
-    [attention::tiles::kernels(capabilities), linear::tiles::kernels(capabilities), dropout].concat()
+    let mut kernels = [
+        attention::tiles::kernels(capabilities),
+        linear::kernels(capabilities),
+        dropout::kernels(),
+        layer_norm::kernels(),
+        embedding::kernels(),
+        adamw::kernels(),
+        cross_entropy::kernels(),
+    ]
+    .concat();
+    if capabilities.int64 {
+        let texts = kernels.iter().map(|kernel| (kernel.text(), kernel.clone().with_int64(true)));
+        let others: Vec<_> = texts.filter(|(text, other)| *text != other.text()).map(|(_, other)| other).collect();
+        kernels.extend(others);
+    }
+    kernels
 }
 
 /// A bias (N) that a layer may be without.

@@ -1,13 +1,12 @@
 // How the linear_* kernels reach storage: four neighbours at a time, where every row begins at a multiple of four.
 // linear_singles.wgsl is the same for rows of any length. Indices count elements.
 //
-// Expects from the header: a_elem, b_elem, out_elem (f32 or f16); EXTRA, the binding of extra.
-// Bindings: 0 a, 1 b, 2 out; EXTRA extra, where the epilogue uses it.
+// Expects from the header: a_elem, b_elem, out_elem (f32 or f16).
+// Bindings: 0 a, 1 b, 2 out.
 
 @group(0) @binding(0) var<storage, read_write> a: array<vec4<a_elem>>;
 @group(0) @binding(1) var<storage, read_write> b: array<vec4<b_elem>>;
 @group(0) @binding(2) var<storage, read_write> out: array<vec4<out_elem>>;
-@group(0) @binding(EXTRA) var<storage, read_write> extra: array<vec4<out_elem>>;
 
 fn load_a(index: u32) -> vec4<a_elem> {
     return a[index / 4u];
@@ -17,15 +16,7 @@ fn load_b(index: u32) -> vec4<b_elem> {
     return b[index / 4u];
 }
 
-fn load_extra(index: u32, count: u32) -> vec4<f32> {
-    return vec4<f32>(extra[index / 4u]);
-}
-
 // `count` elements of the quad belong to the row; the others are its padding, and may be written.
 fn store_out(index: u32, count: u32, value: vec4<f32>) {
     out[index / 4u] = vec4<out_elem>(value);
-}
-
-fn store_extra(index: u32, count: u32, value: vec4<f32>) {
-    extra[index / 4u] = vec4<out_elem>(value);
 }

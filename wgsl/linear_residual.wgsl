@@ -1,8 +1,8 @@
 // The epilogue of a linear_* kernel: out = extra + dropout(sum + bias), four neighbouring columns of one row at a time: the
 // four words of one Philox block.
 //
-// Expects from the header: DROPOUT (bool). Prepend philox, linear_params, linear_quads or linear_singles, linear_bias or
-// linear_no_bias.
+// Expects from the header: DROPOUT (bool). Prepend philox, linear_params, linear_quads or linear_singles,
+// linear_extra_quads or _singles, linear_bias or linear_no_bias.
 
 fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>) {
     if (row >= params.m || col >= params.n) {

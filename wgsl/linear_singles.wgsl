@@ -1,13 +1,12 @@
 // How the linear_* kernels reach storage: one element at a time, for rows of any length.
 // linear_quads.wgsl is the faster form of this. Indices count elements.
 //
-// Expects from the header: a_elem, b_elem, out_elem (f32 or f16); EXTRA, the binding of extra.
-// Bindings: 0 a, 1 b, 2 out; EXTRA extra, where the epilogue uses it.
+// Expects from the header: a_elem, b_elem, out_elem (f32 or f16).
+// Bindings: 0 a, 1 b, 2 out.
 
 @group(0) @binding(0) var<storage, read_write> a: array<a_elem>;
 @group(0) @binding(1) var<storage, read_write> b: array<b_elem>;
 @group(0) @binding(2) var<storage, read_write> out: array<out_elem>;
-@group(0) @binding(EXTRA) var<storage, read_write> extra: array<out_elem>;
 
 // Four neighbours; beyond the matrix's end its last element stands in. What reaches over a row's end is masked later.
 fn load_a(index: u32) -> vec4<a_elem> {
@@ -22,23 +21,9 @@ fn load_b(index: u32) -> vec4<b_elem> {
         b[min(index, last)], b[min(index + 1u, last)], b[min(index + 2u, last)], b[min(index + 3u, last)]);
 }
 
-// The `count` elements of the quad that belong to the row; zeros behind them.
-fn load_extra(index: u32, count: u32) -> vec4<f32> {
-    var value = vec4<f32>();
-    for (var i = 0u; i < count; i++) {
-        value[i] = f32(extra[index + i]);
-    }
-    return value;
-}
-
+// The `count` elements of the quad that belong to the row.
 fn store_out(index: u32, count: u32, value: vec4<f32>) {
     for (var i = 0u; i < count; i++) {
         out[index + i] = out_elem(value[i]);
-    }
-}
-
-fn store_extra(index: u32, count: u32, value: vec4<f32>) {
-    for (var i = 0u; i < count; i++) {
-        extra[index + i] = out_elem(value[i]);
     }
 }

@@ -26,7 +26,7 @@ pub struct AdamW {
 
 impl AdamW {
     /// β1, 1 - β1, β2, 1 - β2, the decay's 1 - lr λ, lr / (1 - β1^t), 1 / √(1 - β2^t) and ε: each made in f64, used in f32.
-    fn factors(&self) -> [f32; 8] {
+    pub fn factors(&self) -> [f32; 8] {
         let correction1 = 1.0 - self.beta1.powi(self.step as i32);
         let correction2 = 1.0 - self.beta2.powi(self.step as i32);
         [
@@ -158,16 +158,25 @@ fn places(count: usize) -> usize {
     count.div_ceil(GROUP_ELEMENTS).clamp(1, MOST_GROUPS)
 }
 
-fn square_sums_kernel(lanes: Lanes) -> Kernel {
+/// The kernel of the partial sums of g².
+pub fn square_sums_kernel(lanes: Lanes) -> Kernel {
     lanes.kernel("square_sums", false, "", &[include_str!("../../wgsl/square_sums.wgsl")], 256)
 }
 
-fn norm_kernel() -> Kernel {
+/// The kernel of the norm and the clip.
+pub fn norm_kernel() -> Kernel {
     Kernel::new("gradient_norm", String::new(), vec![include_str!("../../wgsl/gradient_norm.wgsl")], (256, 1, 1))
 }
 
-fn update_kernel(lanes: Lanes) -> Kernel {
+/// The kernel of the update.
+pub fn update_kernel(lanes: Lanes) -> Kernel {
     lanes.kernel("adamw", false, "", &[include_str!("../../wgsl/adamw.wgsl")], 256)
+}
+
+/// Every kernel of the optimizer.
+pub fn kernels() -> Vec<Kernel> {
+    let by_lanes = [1, 4].map(Lanes::of).map(|lanes| [square_sums_kernel(lanes), update_kernel(lanes)]);
+    by_lanes.into_iter().flatten().chain([norm_kernel()]).collect()
 }
 
 /// Queues the partial sums of g² into `places(elements)` elements of `sums` from `first` on; both contiguous.
@@ -284,8 +293,7 @@ mod tests {
 
     #[test]
     fn every_kernel_is_valid_and_fits() {
-        let by_lanes = [Lanes::of(3), Lanes::of(4)].map(|lanes| [square_sums_kernel(lanes), update_kernel(lanes)]);
-        for kernel in by_lanes.into_iter().flatten().chain([norm_kernel()]) {
+        for kernel in kernels() {
             let bytes = kernel.workgroup_memory().unwrap_or_else(|error| panic!("{error}"));
             assert!(bytes <= 32 << 10, "{bytes} bytes of workgroup memory");
         }

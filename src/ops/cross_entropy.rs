@@ -168,9 +168,27 @@ const GPU_CHUNK_ELEMENTS: usize = 64 << 20;
 /// A chunk begins where a binding may begin: at a multiple of 256 bytes.
 const CHUNK_ALIGNMENT: usize = 64;
 
-/// A one-workgroup kernel over all rows.
-fn whole(name: &'static str, file: &'static str) -> Kernel {
-    Kernel::new(name, String::new(), vec![file], (256, 1, 1))
+/// The kernel that counts the targets that count.
+pub fn count_kernel() -> Kernel {
+    let files = vec![include_str!("../../wgsl/cross_entropy_count.wgsl")];
+    Kernel::new("cross_entropy_count", String::new(), files, (256, 1, 1))
+}
+
+/// The kernel that makes rows of losses, and, if wanted, the gradient of their logits.
+pub fn rows_kernel(gradient: bool) -> Kernel {
+    let header = format!("const GRADIENT: bool = {gradient};\n");
+    Kernel::new("cross_entropy", header, vec![include_str!("../../wgsl/cross_entropy.wgsl")], (256, 1, 1))
+}
+
+/// The kernel that makes the mean of the losses.
+pub fn mean_kernel() -> Kernel {
+    let files = vec![include_str!("../../wgsl/cross_entropy_mean.wgsl")];
+    Kernel::new("cross_entropy_mean", String::new(), files, (256, 1, 1))
+}
+
+/// Every kernel of the loss but its matrix products.
+pub fn kernels() -> Vec<Kernel> {
+    vec![count_kernel(), rows_kernel(false), rows_kernel(true), mean_kernel()]
 }
 
 /// The rows of `matrix` (..., columns) in `rows`, as a matrix over the same memory.
@@ -196,20 +214,17 @@ fn fused(
     let stride = vocab.next_multiple_of(4);
     let f32s = |shape: Shape| kernel::empty_of(x, shape, DType::F32);
     let (count, losses, loss) = (f32s(Shape::new([1])), f32s(Shape::new([rows])), f32s(Shape::new([1])));
-    let counting = whole("cross_entropy_count", include_str!("../../wgsl/cross_entropy_count.wgsl"));
-    counting.launch((1, 1, 1), &[targets, &count], &[rows as u32]);
+    count_kernel().launch((1, 1, 1), &[targets, &count], &[rows as u32]);
     let chunk = (GPU_CHUNK_ELEMENTS / stride / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT).min(rows);
     let logits = f32s(Shape::new([chunk, stride]));
-    let header = format!("const GRADIENT: bool = {};\n", gradients.is_some());
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);
         let here = range.len();
         let x = rows_of(x, channels, &range);
         let product = Product::plain(Layout::Nt, &x, w, here, vocab, channels);
         Product { strides: [channels, channels, stride], ..product }.launch(variant, &logits);
-        let files = vec![include_str!("../../wgsl/cross_entropy.wgsl")];
-        let kernel = Kernel::new("cross_entropy", header.clone(), files, (256, 1, 1));
         let sizes = [here, vocab, stride, start].map(|size| size as u32);
+        let kernel = rows_kernel(gradients.is_some());
         kernel.launch(fold(here as u32), &[&logits, targets, &losses, &count], &sizes);
         if let Some((dx, dw)) = gradients {
             // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
@@ -221,8 +236,7 @@ fn fused(
             Product { strides, scale, ..product }.launch_tall(variant, dw, start > 0);
         }
     }
-    let mean = whole("cross_entropy_mean", include_str!("../../wgsl/cross_entropy_mean.wgsl"));
-    mean.launch((1, 1, 1), &[&losses, &count, &loss], &[rows as u32]);
+    mean_kernel().launch((1, 1, 1), &[&losses, &count, &loss], &[rows as u32]);
     loss
 }
 

@@ -109,6 +109,11 @@ pub fn kernel(columns: usize) -> Kernel {
     Kernel::new(name, String::new(), vec![PHILOX, file], (256, 1, 1))
 }
 
+/// Every kernel of dropout.
+pub fn kernels() -> Vec<Kernel> {
+    [1, 4].map(kernel).to_vec()
+}
+
 impl DropoutOps for CubeBackend {
     fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
         let x = into_contiguous(x);

@@ -95,8 +95,10 @@ fn composed_backward<B: DropoutOps>(
     (dwte, dwpe)
 }
 
-/// Tokens that a workgroup sorts, and what a sort key has room for beside a position among them.
-const BLOCK: usize = 1024;
+/// Tokens that a workgroup sorts.
+pub const BLOCK: usize = 1024;
+
+/// What a sort key has room for beside a position among [`BLOCK`].
 const LARGEST_VOCAB: usize = (1 << 22) - 2;
 
 /// Rows of gradient per row of wte, on average, from which on a workgroup makes one row instead of 16.
@@ -112,24 +114,39 @@ fn is_served(activation: &CubeTensor, tokens: &CubeTensor, vocab: usize) -> bool
     serves(activation, case)
 }
 
-fn forward_kernel(lanes: Lanes, f16: bool, dropout: bool) -> Kernel {
+/// The forward kernel.
+pub fn forward_kernel(lanes: Lanes, f16: bool, dropout: bool) -> Kernel {
     let files = [PHILOX, include_str!("../../wgsl/embedding_forward.wgsl")];
     lanes.kernel("embedding_forward", f16, &format!("const DROPOUT: bool = {dropout};\n"), &files, 256)
 }
 
-/// `rows`: the rows of wte and wpe that a workgroup makes, 1 or 16.
-fn backward_kernel(lanes: Lanes, f16: bool, dropout: bool, rows: usize) -> Kernel {
+/// The last of the backward's three kernels; `rows`: the rows of wte and wpe that a workgroup makes, 1 or 16.
+pub fn backward_kernel(lanes: Lanes, f16: bool, dropout: bool, rows: usize) -> Kernel {
     let constants = format!("const DROPOUT: bool = {dropout};\nconst ROWS: u32 = {rows}u;\n");
     let files = [PHILOX, include_str!("../../wgsl/embedding_backward.wgsl")];
     lanes.kernel("embedding_backward", f16, &constants, &files, 256)
 }
 
-fn sort_kernel() -> Kernel {
+/// The first of the backward's three kernels.
+pub fn sort_kernel() -> Kernel {
     Kernel::new("embedding_sort", String::new(), vec![include_str!("../../wgsl/embedding_sort.wgsl")], (256, 1, 1))
 }
 
-fn rank_kernel() -> Kernel {
+/// The second of the backward's three kernels.
+pub fn rank_kernel() -> Kernel {
     Kernel::new("embedding_rank", String::new(), vec![include_str!("../../wgsl/embedding_rank.wgsl")], (256, 1, 1))
+}
+
+/// Every kernel of the embedding.
+pub fn kernels() -> Vec<Kernel> {
+    let mut kernels = vec![sort_kernel(), rank_kernel()];
+    for lanes in [1, 4].map(Lanes::of) {
+        for dropout in [false, true] {
+            kernels.push(forward_kernel(lanes, false, dropout));
+            kernels.extend([1, 16].map(|rows| backward_kernel(lanes, false, dropout, rows)));
+        }
+    }
+    kernels
 }
 
 /// Queues the forward: tokens (B, T), wte (V, C), wpe (block_size, C) -> x (B, T, C); all contiguous.

@@ -98,7 +98,7 @@ fn team(lanes: Lanes) -> u32 {
 }
 
 /// The forward kernel, and the rows of a workgroup.
-fn forward_kernel(columns: usize, f16: bool, bias: bool) -> (Kernel, usize) {
+pub fn forward_kernel(columns: usize, f16: bool, bias: bool) -> (Kernel, usize) {
     let lanes = Lanes::of(columns);
     let team = team(lanes);
     let threads = team.max(64); // small workgroups: a row waits for few others
@@ -112,7 +112,7 @@ fn forward_kernel(columns: usize, f16: bool, bias: bool) -> (Kernel, usize) {
 }
 
 /// The backward kernel, and the rows that a workgroup handles at a time.
-fn backward_kernel(columns: usize, f16: bool) -> (Kernel, usize) {
+pub fn backward_kernel(columns: usize, f16: bool) -> (Kernel, usize) {
     let lanes = Lanes::of(columns);
     let team = team(lanes);
     let threads = team.max(128);
@@ -123,8 +123,21 @@ fn backward_kernel(columns: usize, f16: bool) -> (Kernel, usize) {
 }
 
 /// The kernel that adds up the partial sums of dw and db.
-fn sums_kernel(lanes: Lanes) -> Kernel {
+pub fn sums_kernel(lanes: Lanes) -> Kernel {
     lanes.kernel("column_sums", false, "", &[include_str!("../../wgsl/column_sums.wgsl")], 256)
+}
+
+/// Widths that stand for all: every size of team, lanes of one and of four columns, teams that a row fills and that it
+/// does not. Another width of the same kind changes one constant, the number of lanes.
+pub const WIDTHS: [usize; 5] = [67, 384, 768, 1600, 1031];
+
+/// Every kernel of layer normalisation, for rows of the [`WIDTHS`].
+pub fn kernels() -> Vec<Kernel> {
+    let by_width = WIDTHS.into_iter().flat_map(|columns| {
+        let forward = [false, true].map(|bias| forward_kernel(columns, false, bias).0);
+        forward.into_iter().chain([backward_kernel(columns, false).0])
+    });
+    by_width.chain([1, 4].map(|columns| sums_kernel(Lanes::of(columns)))).collect()
 }
 
 /// Most workgroups of the backward: enough to fill a large GPU, few enough that their partial sums are small beside x.

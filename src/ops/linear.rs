@@ -20,11 +20,11 @@ use burn::tensor::{DType, Shape, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use serde::{Deserialize, Serialize};
 
-use self::product::{Product, sum_parts};
+use self::product::{Product, sum_parts, sum_parts_kernel};
 use self::tiles::{Epilogue, Layout};
 use super::dropout::{Dropout, DropoutOps};
 use super::{Bias, flatten};
-use crate::kernel::{self, Kernel, Variant, fold};
+use crate::kernel::{self, Capabilities, Kernel, Variant, fold};
 
 /// Which GELU: GPT-2 was trained with the tanh approximation, nanoGPT uses the exact one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -222,6 +222,38 @@ pub(super) fn gradient_scale(dy: &CubeTensor) -> f32 {
     if dy.dtype == DType::F16 { 1.0 } else { rows_and_columns(dy).0.next_power_of_two() as f32 }
 }
 
+/// The type of a kernel's elements, as its header begins.
+fn elem(f16: bool) -> &'static str {
+    if f16 { "enable f16;\nalias elem = f16;\n" } else { "alias elem = f32;\n" }
+}
+
+/// Rows that one invocation of [`column_sum_kernel`] sums.
+pub const BLOCK_ROWS: usize = 128;
+
+/// The kernel of a bias's gradient: the columns' sums over blocks of [`BLOCK_ROWS`] rows.
+pub fn column_sum_kernel(f16: bool) -> Kernel {
+    let header = format!("{}const BLOCK_ROWS: u32 = {BLOCK_ROWS}u;\n", elem(f16));
+    Kernel::new("column_sum", header, vec![include_str!("../../wgsl/column_sum.wgsl")], (64, 1, 1))
+}
+
+/// The kernel of GELU's gradient, four elements an invocation.
+pub fn gelu_gradient_kernel(gelu: Gelu, f16: bool) -> Kernel {
+    let header = format!("{}const GELU_TANH: bool = {};\n", elem(f16), gelu == Gelu::Tanh);
+    let files = vec![include_str!("../../wgsl/gelu.wgsl"), include_str!("../../wgsl/gelu_gradient.wgsl")];
+    Kernel::new("gelu_gradient", header, files, (256, 1, 1))
+}
+
+/// Every kernel of linear layers that a device with these capabilities can be given for f32 tensors.
+pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
+    let mut kernels = tiles::kernels(capabilities);
+    kernels.push(column_sum_kernel(false));
+    kernels.extend([Gelu::Erf, Gelu::Tanh].map(|gelu| gelu_gradient_kernel(gelu, false)));
+    for elements in [1, 4] {
+        kernels.extend([false, true].map(|accumulate| sum_parts_kernel(elements, accumulate).0));
+    }
+    kernels
+}
+
 /// epilogue(x wᵀ + b) into a new tensor.
 fn layer(
     variant: Variant,
@@ -278,8 +310,6 @@ impl LinearOps for CubeBackend {
     }
 
     fn linear_db(dy: FloatTensor<Self>) -> FloatTensor<Self> {
-        /// Rows that one invocation sums.
-        const BLOCK_ROWS: usize = 128;
         if kernel::variant(&dy).is_none() {
             return composed_db::<Self>(dy);
         }
@@ -287,11 +317,8 @@ impl LinearOps for CubeBackend {
         let (rows, columns) = rows_and_columns(&dy);
         let blocks = rows.div_ceil(BLOCK_ROWS);
         let parts = kernel::empty_of(&dy, Shape::new([blocks, columns]), DType::F32);
-        let elem = if dy.dtype == DType::F16 { "enable f16;\nalias elem = f16;" } else { "alias elem = f32;" };
-        let header = format!("{elem}\nconst BLOCK_ROWS: u32 = {BLOCK_ROWS}u;\n");
-        let files = vec![include_str!("../../wgsl/column_sum.wgsl")];
         let groups = blocks * columns.div_ceil(64);
-        let kernel = Kernel::new("column_sum", header, files, (64, 1, 1));
+        let kernel = column_sum_kernel(dy.dtype == DType::F16);
         kernel.launch(fold(groups as u32), &[&dy, &parts], &[rows as u32, columns as u32]);
         let db = kernel::empty_of(&dy, Shape::new([columns]), DType::F32);
         sum_parts(&parts, blocks, &db, false);
@@ -321,11 +348,8 @@ impl LinearOps for CubeBackend {
         }
         let (dy, h) = (into_contiguous(dy), into_contiguous(h));
         let dh = kernel::empty_like(&h);
-        let elem = if h.dtype == DType::F16 { "enable f16;\nalias elem = f16;" } else { "alias elem = f32;" };
-        let header = format!("{elem}\nconst GELU_TANH: bool = {};\n", gelu == Gelu::Tanh);
-        let files = vec![include_str!("../../wgsl/gelu.wgsl"), include_str!("../../wgsl/gelu_gradient.wgsl")];
         let groups = (elements / 4).div_ceil(256);
-        let kernel = Kernel::new("gelu_gradient", header, files, (256, 1, 1));
+        let kernel = gelu_gradient_kernel(gelu, h.dtype == DType::F16);
         kernel.launch(fold(groups as u32), &[&dy, &h, &dh], &[(elements / 4) as u32]);
         dh
     }

@@ -188,17 +188,26 @@ fn id(kernel: &Kernel) -> String {
         .header()
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
-    format!("{}_{:08x}", kernel.name(), hash >> 32)
+    format!("{}_{:08x}{}", kernel.name(), hash >> 32, if has_int64(kernel) { "_int64" } else { "" })
 }
 
-/// `attention_delta{elem=f16 HEAD_DIM=64}`.
+/// Whether this is the form of a kernel's text with 64-bit integers. Most kernels have one form only.
+pub fn has_int64(kernel: &Kernel) -> bool {
+    kernel.text() != kernel.clone().with_int64(false).text()
+}
+
+/// `attention_delta{elem=f16 HEAD_DIM=64}`; a comment of the header stands as it is.
 pub fn label(kernel: &Kernel) -> String {
+    let int64 = has_int64(kernel).then(|| "int64".to_string());
     let constants = kernel.header().lines().filter_map(|line| {
+        if let Some(comment) = line.strip_prefix("// ") {
+            return Some(comment.to_string());
+        }
         let (left, right) = line.trim_end_matches(';').split_once(" = ")?;
         let name = left.trim_start_matches("const ").trim_start_matches("alias ");
         let name = name.split(':').next()?;
         let said = !right.starts_with("coop_mat"); // the types of matrices follow from EDGE and mat_elem
         said.then(|| format!("{name}={}", right.trim_end_matches('u')))
     });
-    format!("{}{{{}}}", kernel.name(), constants.collect::<Vec<_>>().join(" "))
+    format!("{}{{{}}}", kernel.name(), constants.chain(int64).collect::<Vec<_>>().join(" "))
 }

@@ -178,12 +178,18 @@ impl Plan {
     }
 }
 
+/// The kernel that adds parts of this many elements, and how many of them an invocation sums.
+pub fn sum_parts_kernel(elements: usize, accumulate: bool) -> (Kernel, usize) {
+    let (element, width) = if elements.is_multiple_of(4) { ("vec4<f32>", 4) } else { ("f32", 1) };
+    let header = format!("alias element = {element};\nconst ACCUMULATE: bool = {accumulate};\n");
+    let files = vec![include_str!("../../../wgsl/sum_parts.wgsl")];
+    (Kernel::new("sum_parts", header, files, (256, 1, 1)), width)
+}
+
 /// out = Σ parts (parts, ...), added to what out holds where `accumulate` says so. All f32.
 pub fn sum_parts(parts: &CubeTensor, count: usize, out: &CubeTensor, accumulate: bool) {
     let elements = out.meta.shape().num_elements();
-    let (element, width) = if elements.is_multiple_of(4) { ("vec4<f32>", 4) } else { ("f32", 1) };
-    let header = format!("alias element = {element};\nconst ACCUMULATE: bool = {accumulate};\n");
-    let kernel = Kernel::new("sum_parts", header, vec![include_str!("../../../wgsl/sum_parts.wgsl")], (256, 1, 1));
+    let (kernel, width) = sum_parts_kernel(elements, accumulate);
     let groups = (elements / width).div_ceil(256);
     kernel.launch(fold(groups as u32), &[parts, out], &[(elements / width) as u32, count as u32]);
 }

@@ -85,7 +85,8 @@ pub const PROCESSORS: usize = 132;
 /// The tile for a product of this shape. Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
 pub fn choose(variant: Variant, m: usize, n: usize) -> Tile {
     match variant {
-        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 32, 16, 16),
+        // As deep as Metal's 32 KiB of workgroup memory allow, in powers of two
+        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 16, 16, 16),
         Variant::Scalar => tile(64, 64, 32, 8, 8),
         Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2),
         // Eight subgroups of 64 x 64 each: the best ratio of products to loads, 43 KB of workgroup memory.
@@ -199,12 +200,19 @@ pub fn kernel(spec: &Spec) -> Kernel {
         } else {
             include_str!("../../../wgsl/linear_no_bias.wgsl")
         },
-        match epilogue {
-            Epilogue::Plain => include_str!("../../../wgsl/linear_plain.wgsl"),
-            Epilogue::Gelu { .. } => include_str!("../../../wgsl/linear_gelu.wgsl"),
-            Epilogue::Residual { .. } => include_str!("../../../wgsl/linear_residual.wgsl"),
-        },
     ]);
+    if epilogue != Epilogue::Plain {
+        files.push(if quads {
+            include_str!("../../../wgsl/linear_extra_quads.wgsl")
+        } else {
+            include_str!("../../../wgsl/linear_extra_singles.wgsl")
+        });
+    }
+    files.push(match epilogue {
+        Epilogue::Plain => include_str!("../../../wgsl/linear_plain.wgsl"),
+        Epilogue::Gelu { .. } => include_str!("../../../wgsl/linear_gelu.wgsl"),
+        Epilogue::Residual { .. } => include_str!("../../../wgsl/linear_residual.wgsl"),
+    });
     match variant {
         Variant::Scalar => {
             files.push(include_str!("../../../wgsl/linear_scalar.wgsl"));

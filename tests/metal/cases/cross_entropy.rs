@@ -1,0 +1,100 @@
+//! The loss: how many targets count, a chunk of rows of losses with their gradient, the mean.
+
+use gpt_wgpu::ops::cross_entropy::{IGNORED, count_kernel, mean_kernel, rows_kernel};
+
+use super::{Buffer, Case, Elem, two_rows};
+use crate::common::{Random, twins};
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for rows in [1, 300] {
+        cases.extend([count(rows, false), count(rows, true), mean(rows)]);
+    }
+    for gradient in [false, true] {
+        // Fewer quads than threads; a row of padding but for one column; more quads than threads
+        cases.extend(
+            [(5, 67, 1), (1, 1, 0), (3, 1091, 2)].map(|(rows, vocab, first)| chunk(rows, vocab, first, gradient)),
+        );
+    }
+    cases
+}
+
+fn targets(values: &[i32]) -> Buffer {
+    Buffer::input("targets", Elem::Int, &values.iter().map(|&t| f64::from(t)).collect::<Vec<_>>())
+}
+
+fn count(rows: usize, all_ignored: bool) -> Case {
+    let values: Vec<i32> = (0..rows).map(|i| if all_ignored || i % 3 == 1 { IGNORED } else { i as i32 }).collect();
+    let count = values.iter().filter(|&&t| t >= 0).count().max(1);
+    Case {
+        kernel: count_kernel(),
+        what: format!("{rows} rows, all ignored: {all_ignored}"),
+        grid: (1, 1, 1),
+        buffers: vec![targets(&values), Buffer::output("count", Elem::F32, vec![count as f64], 0.0)],
+        params: vec![rows as u32],
+    }
+}
+
+fn mean(rows: usize) -> Case {
+    let losses = Random(43).vec(rows);
+    let mean = losses.iter().sum::<f64>() / 7.0;
+    Case {
+        kernel: mean_kernel(),
+        what: format!("{rows} rows"),
+        grid: (1, 1, 1),
+        buffers: vec![
+            Buffer::input("losses", Elem::F32, &losses),
+            Buffer::input("count", Elem::F32, &[7.0]),
+            Buffer::output("loss", Elem::F32, vec![mean], 1e-5),
+        ],
+        params: vec![rows as u32],
+    }
+}
+
+/// `rows` rows that follow `first` others, with one more behind.
+fn chunk(rows: usize, vocab: usize, first: usize, gradient: bool) -> Case {
+    const COUNT: f64 = 4.0;
+    let stride = vocab.next_multiple_of(4);
+    let mut random = Random(vocab as u64);
+    // Large logits: exponentials without a maximum taken off would overflow.
+    let logits: Vec<f64> = random.vec(rows * vocab).iter().map(|v| f64::from((v * 60.0 + 50.0) as f32)).collect();
+    let all = first + rows + 1;
+    // Of the last columns too; the chunk's second row is ignored
+    let mut values: Vec<i32> = (0..all).map(|_| random.below(vocab) as i32).collect();
+    values[first] = vocab as i32 - 1;
+    if rows > 1 {
+        values[first + 1] = IGNORED;
+    }
+    let (mut losses, mut slopes) = (vec![f64::NAN; all], Vec::new());
+    for (row, logits) in logits.chunks(vocab).enumerate() {
+        // One row of weight 1, whose logits are its product with the identity: its dx is dlogits.
+        let target = values[first + row];
+        let mut identity = vec![0.0; vocab * vocab];
+        (0..vocab).for_each(|i| identity[i * vocab + i] = 1.0);
+        let (loss, slope, _) = twins::cross_entropy(logits, &identity, &[target], vocab, vocab);
+        losses[first + row] = loss;
+        slopes.extend(slope.iter().map(|v| v / COUNT));
+        slopes.extend(vec![0.0; stride - vocab]);
+    }
+    let before: Vec<f64> = logits
+        .chunks(vocab)
+        .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(f64::NAN, stride - vocab)))
+        .collect();
+    let logits = if gradient {
+        Buffer { before, ..Buffer::output("logits", Elem::F32, slopes, 1e-5) }
+    } else {
+        Buffer::input("logits", Elem::F32, &before)
+    };
+    Case {
+        kernel: rows_kernel(gradient),
+        what: format!("({rows}, {vocab})"),
+        grid: two_rows(rows as u32),
+        buffers: vec![
+            logits,
+            targets(&values),
+            Buffer::output("losses", Elem::F32, losses, 1e-5),
+            Buffer::input("count", Elem::F32, &[COUNT]),
+        ],
+        params: [rows, vocab, stride, first].map(|size| size as u32).to_vec(),
+    }
+}

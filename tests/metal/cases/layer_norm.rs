@@ -1,0 +1,103 @@
+//! Layer normalisation: every size of team, ragged and whole.
+
+use gpt_wgpu::kernel::fold;
+use gpt_wgpu::kernel::lanes::Lanes;
+use gpt_wgpu::ops::layer_norm::{WIDTHS, backward_kernel, forward_kernel, sums_kernel};
+
+use super::{Buffer, Case, Elem, two_rows};
+use crate::common::{Random, twins};
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for columns in WIDTHS {
+        cases.extend([false, true].map(|bias| forward(3, columns, bias)));
+        cases.push(backward(7, columns, 3));
+    }
+    // One row, and more than the groups of a folded grid take in one step
+    cases.extend([forward(1, 67, true), backward(1, 67, 1), backward(8, 384, 1)]);
+    cases.extend([(1, 67), (70, 67), (33, 36)].map(|(rows, columns)| sums(rows, columns)));
+    cases
+}
+
+/// x, w and b of one shape.
+fn inputs(rows: usize, columns: usize) -> [Vec<f64>; 3] {
+    let mut random = Random((rows * 31 + columns) as u64);
+    // An offset: a variance taken as a difference of squares would lose its bits.
+    let x = random.vec(rows * columns).iter().map(|v| f64::from((v * 2.0 + 3.0) as f32)).collect();
+    [x, random.vec(columns), random.vec(columns)]
+}
+
+fn forward(rows: usize, columns: usize, bias: bool) -> Case {
+    let [x, w, b] = inputs(rows, columns);
+    let (y, mean, rstd) = twins::layer_norm(&x, &w, bias.then_some(&b[..]), columns);
+    let (kernel, group_rows) = forward_kernel(columns, false, bias);
+    Case {
+        kernel,
+        what: format!("({rows}, {columns})"),
+        grid: two_rows(rows.div_ceil(group_rows) as u32),
+        buffers: vec![
+            Buffer::input("x", Elem::F32, &x),
+            Buffer::input("w", Elem::F32, &w),
+            Buffer::input("b", Elem::F32, if bias { &b } else { &w }),
+            Buffer::output("y", Elem::F32, y, 1e-5),
+            Buffer::output("mean", Elem::F32, mean, 1e-6),
+            Buffer::output("rstd", Elem::F32, rstd, 1e-5),
+        ],
+        params: vec![rows as u32],
+    }
+}
+
+/// `groups` workgroups walk over the rows in steps of the whole grid.
+fn backward(rows: usize, columns: usize, groups: usize) -> Case {
+    let [x, w, _] = inputs(rows, columns);
+    let dy = Random(17).vec(rows * columns);
+    let (_, mean, rstd) = twins::layer_norm(&x, &w, None, columns);
+    let [dx, _, _] = twins::layer_norm_backward(&dy, &x, &w, columns);
+    let (kernel, group_rows) = backward_kernel(columns, false);
+    // Each group's sums are those of the rows that it walks over.
+    let mut partials = Vec::new();
+    for group in 0..groups {
+        let mine = |row: &usize| row / group_rows % groups == group;
+        let pick = |values: &[f64]| -> Vec<f64> {
+            (0..rows).filter(mine).flat_map(|row| values[row * columns..][..columns].to_vec()).collect()
+        };
+        let [_, dw, db] = twins::layer_norm_backward(&pick(&dy), &pick(&x), &w, columns);
+        partials.extend([dw, db].concat());
+    }
+    Case {
+        kernel,
+        what: format!("({rows}, {columns}), {groups} groups"),
+        grid: (groups as u32, 1, 1),
+        buffers: vec![
+            Buffer::input("dy", Elem::F32, &dy),
+            Buffer::input("x", Elem::F32, &x),
+            Buffer::input("w", Elem::F32, &w),
+            Buffer::input("mean", Elem::F32, &mean),
+            Buffer::input("rstd", Elem::F32, &rstd),
+            Buffer::output("dx", Elem::F32, dx, 1e-5),
+            Buffer::output("partials", Elem::F32, partials, 1e-5),
+        ],
+        params: vec![rows as u32],
+    }
+}
+
+fn sums(rows: usize, columns: usize) -> Case {
+    let partials = Random(19).vec(rows * 2 * columns);
+    let sum = |which: usize| {
+        let of = |column: usize| (0..rows).map(|row| partials[(2 * row + which) * columns + column]).sum();
+        (0..columns).map(of).collect::<Vec<f64>>()
+    };
+    let lanes = Lanes::of(columns);
+    let groups = (2 * lanes.count).div_ceil(8) as u32;
+    Case {
+        kernel: sums_kernel(lanes),
+        what: format!("{rows} partial sums of {columns}"),
+        grid: if rows == 70 { two_rows(groups) } else { fold(groups) },
+        buffers: vec![
+            Buffer::input("partials", Elem::F32, &partials),
+            Buffer::output("dw", Elem::F32, sum(0), 1e-5),
+            Buffer::output("db", Elem::F32, sum(1), 1e-5),
+        ],
+        params: vec![rows as u32, lanes.count as u32],
+    }
+}

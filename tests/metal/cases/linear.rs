@@ -1,0 +1,204 @@
+//! Linear layers: the matrix products in every layout and with every epilogue, and what adds up and differentiates.
+
+use gpt_wgpu::kernel::{Kernel, Variant, fold, supported};
+use gpt_wgpu::ops::dropout::Dropout;
+use gpt_wgpu::ops::linear::product::{Plan, sum_parts_kernel};
+use gpt_wgpu::ops::linear::tiles::{Epilogue, Layout};
+use gpt_wgpu::ops::linear::{BLOCK_ROWS, Gelu, column_sum_kernel, gelu_gradient_kernel};
+
+use super::{Buffer, Case, Elem, two_rows};
+use crate::apple;
+use crate::common::{Random, twins};
+
+const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 0xfeed_beef_cafe, step: 3, site: 0x101 };
+const PLAIN: Epilogue = Epilogue::Plain;
+const ERF: Epilogue = Epilogue::Gelu { tanh: false };
+const TANH: Epilogue = Epilogue::Gelu { tanh: true };
+const KEEP: Epilogue = Epilogue::Residual { dropout: false };
+const DROP: Epilogue = Epilogue::Residual { dropout: true };
+
+/// How a product is asked for.
+#[derive(Clone, Copy)]
+struct Ask {
+    layout: Layout,
+    /// M, N and K.
+    sizes: [usize; 3],
+    /// Whether rows are padded to whole quads, the padding poisoned.
+    padded: bool,
+    k_split: usize,
+    scale: f32,
+    epilogue: Epilogue,
+    bias: bool,
+}
+
+/// A product of everything with nothing behind it.
+const fn ask(layout: Layout, sizes: [usize; 3]) -> Ask {
+    Ask { layout, sizes, padded: false, k_split: sizes[2], scale: 1.0, epilogue: PLAIN, bias: false }
+}
+
+pub fn cases() -> Vec<Case> {
+    use Layout::{Nn, Nt, Tn};
+    let mut cases = sums_and_slopes();
+    for variant in supported(&apple(), false) {
+        // Shapes of one kind share a kernel: whole tiles; ragged ones of whole quads; rows of any length.
+        let mut asks = vec![
+            ask(Nt, [64, 128, 64]),
+            Ask { bias: true, ..ask(Nt, [70, 67, 33]) },
+            Ask { bias: true, ..ask(Nt, [1, 1, 1]) },
+            Ask { bias: true, ..ask(Nt, [5, 130, 31]) },
+            Ask { scale: 64.0, padded: true, ..ask(Nn, [65, 66, 35]) },
+            Ask { scale: 64.0, ..ask(Nn, [3, 68, 36]) },
+            ask(Nn, [67, 65, 34]),
+            // K in whole parts, and one too short
+            Ask { k_split: 64, scale: 64.0, ..ask(Tn, [64, 64, 192]) },
+            Ask { k_split: 32, ..ask(Tn, [5, 70, 71]) },
+            Ask { epilogue: ERF, bias: true, padded: true, ..ask(Nt, [65, 70, 36]) },
+            Ask { epilogue: TANH, ..ask(Nt, [66, 65, 30]) },
+            Ask { epilogue: KEEP, bias: true, ..ask(Nt, [66, 67, 20]) },
+            Ask { epilogue: DROP, ..ask(Nt, [65, 68, 32]) },
+        ];
+        if variant == Variant::Scalar {
+            // The large tile of 128 x 128
+            asks.extend([
+                ask(Nt, [128, 128, 32]),
+                Ask { bias: true, ..ask(Nt, [130, 132, 36]) },
+                ask(Tn, [131, 129, 33]),
+                // More rows of blocks than are walked down before a step to the right
+                Ask { bias: true, ..ask(Nt, [577, 66, 3]) },
+            ]);
+        }
+        cases.extend(asks.iter().map(|ask| ask.case(variant)));
+        let dropping = Ask { epilogue: DROP, bias: true, ..ask(Nt, [66, 67, 20]) };
+        cases.push(dropping.case(variant).with_int64());
+    }
+    cases
+}
+
+impl Ask {
+    fn case(&self, variant: Variant) -> Case {
+        let Self { layout, sizes: [m, n, k], padded, k_split, scale, epilogue, bias } = *self;
+        let mut random = Random((m * 7 + n * 3 + k) as u64);
+        // What is multiplied in f16 is given in f16: the rest of the difference is the order of the sums.
+        let round = |v: f64| if variant.rounds_f32() { half::f16::from_f64(v).to_f64() } else { v };
+        let mut values = |count: usize| random.vec(count).into_iter().map(round).collect::<Vec<_>>();
+        let (a, b, bias_values, extra) = (values(m * k), values(k * n), values(n), values(m * n));
+        let term = |row: usize, column: usize, i: usize| match layout {
+            Layout::Nt => a[row * k + i] * b[column * k + i],
+            Layout::Nn => a[row * k + i] * b[i * n + column],
+            Layout::Tn => a[i * m + row] * b[i * n + column],
+        };
+        let [a_columns, b_columns] = match layout {
+            Layout::Nt => [k, k],
+            Layout::Nn => [k, n],
+            Layout::Tn => [m, n],
+        };
+        let strides = [a_columns, b_columns, n].map(|c| if padded { c.next_multiple_of(4) } else { c });
+        let dropout = if epilogue == DROP { DROPOUT } else { Dropout::OFF };
+        let plan = Plan {
+            variant,
+            layout,
+            sizes: self.sizes,
+            strides,
+            k_split,
+            scale,
+            epilogue,
+            bias,
+            f16: [false; 3],
+            dropout,
+        };
+
+        // One matrix for every part of K.
+        let mut sums = Vec::new();
+        for start in (0..k).step_by(k_split) {
+            for (row, column) in (0..m * n).map(|i| (i / n, i % n)) {
+                let sum: f64 = (start..k.min(start + k_split)).map(|i| term(row, column, i)).sum();
+                sums.push(sum + if bias { bias_values[column] } else { 0.0 });
+            }
+        }
+        let factors = DROPOUT.factors(m, n);
+        let map =
+            |value: &dyn Fn(usize, f64) -> f64| sums.iter().enumerate().map(|(i, v)| value(i, *v)).collect::<Vec<_>>();
+        let want: Vec<f64> = match epilogue {
+            Epilogue::Plain => sums.clone(),
+            Epilogue::Gelu { tanh } => map(&|_, v| twins::gelu(v, if tanh { Gelu::Tanh } else { Gelu::Erf })),
+            Epilogue::Residual { dropout: false } => map(&|i, v| extra[i] + v),
+            Epilogue::Residual { dropout: true } => map(&|i, v| extra[i] + v * f64::from(factors[i])),
+        };
+        let input = |name, values: &[f64], columns, stride| {
+            Buffer::input(name, Elem::F32, &pad(values, columns, stride, f64::NAN))
+        };
+        // The padding of a row may be written.
+        let output =
+            |name, values: &[f64]| Buffer::output(name, Elem::F32, pad(values, n, strides[2], f64::INFINITY), 1e-5);
+        let mut buffers =
+            vec![input("a", &a, a_columns, strides[0]), input("b", &b, b_columns, strides[1]), output("out", &want)];
+        if bias {
+            buffers.push(Buffer::input("bias", Elem::F32, &bias_values));
+        }
+        match epilogue {
+            Epilogue::Plain => {}
+            Epilogue::Gelu { .. } => buffers.push(output("extra", &sums)),
+            Epilogue::Residual { .. } => buffers.push(input("extra", &extra, n, strides[2])),
+        }
+        let what = format!("{:?} padded {padded} split {k_split} scale {scale}", self.sizes);
+        Case { kernel: plan.kernel(), what, grid: two_rows(plan.groups()), buffers, params: plan.params() }
+    }
+}
+
+/// Rows of `columns` elements, each followed by `filler` up to `stride`.
+fn pad(values: &[f64], columns: usize, stride: usize, filler: f64) -> Vec<f64> {
+    let rows = values.chunks(columns);
+    rows.flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(filler, stride - columns))).collect()
+}
+
+/// The kernels beside the products.
+fn sums_and_slopes() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut add = |kernel: Kernel, what: String, grid, buffers, params: &[usize]| {
+        let params = params.iter().map(|&word| word as u32).collect();
+        cases.push(Case { kernel, what, grid, buffers, params });
+    };
+    for (rows, columns) in [(1, 1), (BLOCK_ROWS, 64), (2 * BLOCK_ROWS + 3, 67)] {
+        let x = Random(3).vec(rows * columns);
+        let blocks = x.chunks(BLOCK_ROWS * columns);
+        let parts = blocks
+            .flat_map(|block| twins::linear_backward(block, &[], &[], block.len() / columns, 0, columns)[2].clone());
+        let parts = Buffer::output("parts", Elem::F32, parts.collect(), 1e-5);
+        let groups = rows.div_ceil(BLOCK_ROWS) * columns.div_ceil(64);
+        let buffers = vec![Buffer::input("x", Elem::F32, &x), parts];
+        let what = format!("({rows}, {columns})");
+        add(column_sum_kernel(false), what, two_rows(groups as u32), buffers, &[rows, columns]);
+    }
+    for gelu in [Gelu::Erf, Gelu::Tanh] {
+        for quads in [1usize, 259] {
+            let mut random = Random(11);
+            let (dy, h): (Vec<_>, Vec<_>) = (0..4 * quads).map(|_| (random.next(), 5.0 * random.next())).unzip();
+            let dh = dy.iter().zip(&h).map(|(dy, h)| dy * twins::gelu_slope(*h, gelu)).collect();
+            let buffers = vec![
+                Buffer::input("dy", Elem::F32, &dy),
+                Buffer::input("h", Elem::F32, &h),
+                Buffer::output("dh", Elem::F32, dh, 2e-6),
+            ];
+            let grid = two_rows(quads.div_ceil(256) as u32);
+            add(gelu_gradient_kernel(gelu, false), format!("{quads} quads"), grid, buffers, &[quads]);
+        }
+    }
+    for (elements, parts) in [(4 * 257, 3), (261, 1), (1, 5)] {
+        for accumulate in [false, true] {
+            let mut random = Random(13);
+            let (values, old) = (random.vec(parts * elements), random.vec(elements));
+            let sum = |i: usize| (0..parts).map(|part| values[part * elements + i]).sum::<f64>();
+            let want = (0..elements).map(|i| sum(i) + if accumulate { old[i] } else { 0.0 }).collect();
+            let mut out = Buffer::output("out", Elem::F32, want, 1e-6);
+            if accumulate {
+                out.before = old;
+            }
+            let (kernel, width) = sum_parts_kernel(elements, accumulate);
+            let groups = (elements / width).div_ceil(256) as u32;
+            let grid = if parts == 3 { two_rows(groups) } else { fold(groups) };
+            let buffers = vec![Buffer::input("parts", Elem::F32, &values), out];
+            add(kernel, format!("{parts} parts of {elements}"), grid, buffers, &[elements / width, parts]);
+        }
+    }
+    cases
+}

@@ -12,7 +12,7 @@
 //     THREAD_ROWS, THREAD_COLS   threads of the workgroup over BLOCK_M and BLOCK_N
 //     BLOCK_M     4 or 8 * THREAD_ROWS
 //     BLOCK_N     4 or 8 * THREAD_COLS
-//     BLOCK_K     a multiple of 4; at most 8 quads of A and of B a thread
+//     BLOCK_K     16 or 32; BLOCK_K / 4 divides THREAD_ROWS and THREAD_COLS; at most 8 quads of A and of B a thread
 //     A_BY_K, B_BY_N   bool: A is stored (K, M), else (M, K); B is stored (N, K), else (K, N)
 //     RAGGED      bool: whether M, N or K (or a part of it) is no multiple of BLOCK_M, BLOCK_N, BLOCK_K
 // Workgroup: THREADS = THREAD_ROWS * THREAD_COLS.
@@ -21,12 +21,9 @@
 const THREADS: u32 = THREAD_ROWS * THREAD_COLS;
 const ROWS: u32 = BLOCK_M / THREAD_ROWS;
 const COL_QUADS: u32 = BLOCK_N / THREAD_COLS / 4u;
-// A "quad" is four neighbours that move as one vec4. Rows along k are padded to an odd number of quads: threads on
-// neighbouring rows then read without bank conflicts.
+// A "quad" is four neighbours that move as one vec4.
 const A_ROW_QUADS: u32 = select(BLOCK_K, BLOCK_M, A_BY_K) / 4u; // of a row of the tile as stored
 const B_ROW_QUADS: u32 = select(BLOCK_N, BLOCK_K, B_BY_N) / 4u;
-const A_PITCH: u32 = A_ROW_QUADS + select(1u, 0u, A_BY_K);
-const B_PITCH: u32 = B_ROW_QUADS + select(0u, 1u, B_BY_N);
 const A_STEPS: u32 = BLOCK_M * BLOCK_K / 4u / THREADS;
 const B_STEPS: u32 = BLOCK_N * BLOCK_K / 4u / THREADS;
 const N_QUADS: u32 = BLOCK_N / 4u;
@@ -37,10 +34,10 @@ const R5: u32 = min(5u, ROWS - 1u);
 const R6: u32 = min(6u, ROWS - 1u);
 const R7: u32 = min(7u, ROWS - 1u);
 
-var<workgroup> tile_a: array<vec4<f32>, select(BLOCK_M, BLOCK_K, A_BY_K) * A_PITCH>;
+var<workgroup> tile_a: array<vec4<f32>, select(BLOCK_M, BLOCK_K, A_BY_K) * A_ROW_QUADS>;
 // Stored (N, K), columns lie permuted: column 4 q + j at row j * N_QUADS + q. Neighbouring threads own neighbouring quads
 // of columns and still read neighbouring rows.
-var<workgroup> tile_b: array<vec4<f32>, select(BLOCK_K, BLOCK_N, B_BY_N) * B_PITCH>;
+var<workgroup> tile_b: array<vec4<f32>, select(BLOCK_K, BLOCK_N, B_BY_N) * B_ROW_QUADS>;
 
 // What a thread holds. Loops over these arrays are at most four steps long and short of text, or written out as calls:
 // NVIDIA's compiler does not unroll others, and an array that it cannot index by constants leaves the registers (measured:
@@ -49,6 +46,12 @@ var<private> sums: array<vec4<f32>, ROWS * COL_QUADS>;
 var<private> next_a: array<vec4<f32>, A_STEPS>;
 var<private> next_b: array<vec4<f32>, B_STEPS>;
 var<private> right: array<vec4<f32>, 4u * COL_QUADS>; // of four k, the thread's quads of B
+
+// Where a quad of k lies in its row of a tile: shuffled by the row, so that threads on neighbouring rows read without bank
+// conflicts, in no more memory than the quads need (Metal has 32 KiB, and this fills them).
+fn place_in_row(quad: u32, row: u32) -> u32 {
+    return quad ^ (row % (BLOCK_K / 4u));
+}
 
 // One quad of the tile of A that begins at first_k -> registers. Rows beyond the matrix repeat its last; k beyond the end
 // counts 0 in A, so what it meets in B only has to be a number, which the padding of a row need not be.
@@ -88,14 +91,21 @@ fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
 
 fn stage_a(i: u32, thread: u32) {
     let index = thread + i * THREADS;
-    tile_a[index / A_ROW_QUADS * A_PITCH + index % A_ROW_QUADS] = next_a[i];
+    let row = index / A_ROW_QUADS;
+    let quad = index % A_ROW_QUADS;
+    tile_a[row * A_ROW_QUADS + select(place_in_row(quad, row), quad, A_BY_K)] = next_a[i];
 }
 
 fn stage_b(i: u32, thread: u32) {
     let index = thread + i * THREADS;
     let row = index / B_ROW_QUADS;
-    let place = select(row, row % 4u * N_QUADS + row / 4u, B_BY_N);
-    tile_b[place * B_PITCH + index % B_ROW_QUADS] = next_b[i];
+    let quad = index % B_ROW_QUADS;
+    if (B_BY_N) {
+        let slot = row % 4u * N_QUADS + row / 4u;
+        tile_b[slot * B_ROW_QUADS + place_in_row(quad, slot)] = next_b[i];
+    } else {
+        tile_b[row * B_ROW_QUADS + quad] = next_b[i];
+    }
 }
 
 fn fetch(place: Place, first_k: u32, thread: u32) {
@@ -117,19 +127,21 @@ fn load_right(k_quad: u32, thread_col: u32) {
     for (var j = 0u; j < COL_QUADS; j++) {
         let quad = thread_col + j * THREAD_COLS;
         if (B_BY_N) {
-            let c0 = tile_b[quad * B_PITCH + k_quad];
-            let c1 = tile_b[(N_QUADS + quad) * B_PITCH + k_quad];
-            let c2 = tile_b[(2u * N_QUADS + quad) * B_PITCH + k_quad];
-            let c3 = tile_b[(3u * N_QUADS + quad) * B_PITCH + k_quad];
+            // N_QUADS and THREAD_COLS are multiples of a row's quads: all four lie at the same place of their rows.
+            let place = place_in_row(k_quad, thread_col);
+            let c0 = tile_b[quad * B_ROW_QUADS + place];
+            let c1 = tile_b[(N_QUADS + quad) * B_ROW_QUADS + place];
+            let c2 = tile_b[(2u * N_QUADS + quad) * B_ROW_QUADS + place];
+            let c3 = tile_b[(3u * N_QUADS + quad) * B_ROW_QUADS + place];
             right[j] = vec4<f32>(c0.x, c1.x, c2.x, c3.x);
             right[COL_QUADS + j] = vec4<f32>(c0.y, c1.y, c2.y, c3.y);
             right[2u * COL_QUADS + j] = vec4<f32>(c0.z, c1.z, c2.z, c3.z);
             right[3u * COL_QUADS + j] = vec4<f32>(c0.w, c1.w, c2.w, c3.w);
         } else {
-            right[j] = tile_b[4u * k_quad * B_PITCH + quad];
-            right[COL_QUADS + j] = tile_b[(4u * k_quad + 1u) * B_PITCH + quad];
-            right[2u * COL_QUADS + j] = tile_b[(4u * k_quad + 2u) * B_PITCH + quad];
-            right[3u * COL_QUADS + j] = tile_b[(4u * k_quad + 3u) * B_PITCH + quad];
+            right[j] = tile_b[4u * k_quad * B_ROW_QUADS + quad];
+            right[COL_QUADS + j] = tile_b[(4u * k_quad + 1u) * B_ROW_QUADS + quad];
+            right[2u * COL_QUADS + j] = tile_b[(4u * k_quad + 2u) * B_ROW_QUADS + quad];
+            right[3u * COL_QUADS + j] = tile_b[(4u * k_quad + 3u) * B_ROW_QUADS + quad];
         }
     }
 }
@@ -149,20 +161,21 @@ fn multiply_row(i: u32, left: vec4<f32>) {
 fn multiply_rows(first: u32, k_quad: u32, thread_row: u32) {
     if (A_BY_K) {
         let quad = thread_row + first / 4u * THREAD_ROWS;
-        let k0 = tile_a[4u * k_quad * A_PITCH + quad];
-        let k1 = tile_a[(4u * k_quad + 1u) * A_PITCH + quad];
-        let k2 = tile_a[(4u * k_quad + 2u) * A_PITCH + quad];
-        let k3 = tile_a[(4u * k_quad + 3u) * A_PITCH + quad];
+        let k0 = tile_a[4u * k_quad * A_ROW_QUADS + quad];
+        let k1 = tile_a[(4u * k_quad + 1u) * A_ROW_QUADS + quad];
+        let k2 = tile_a[(4u * k_quad + 2u) * A_ROW_QUADS + quad];
+        let k3 = tile_a[(4u * k_quad + 3u) * A_ROW_QUADS + quad];
         multiply_row(first, vec4<f32>(k0.x, k1.x, k2.x, k3.x));
         multiply_row(first + 1u, vec4<f32>(k0.y, k1.y, k2.y, k3.y));
         multiply_row(first + 2u, vec4<f32>(k0.z, k1.z, k2.z, k3.z));
         multiply_row(first + 3u, vec4<f32>(k0.w, k1.w, k2.w, k3.w));
     } else {
         let row = thread_row + first * THREAD_ROWS;
-        multiply_row(first, tile_a[row * A_PITCH + k_quad]);
-        multiply_row(first + 1u, tile_a[(row + THREAD_ROWS) * A_PITCH + k_quad]);
-        multiply_row(first + 2u, tile_a[(row + 2u * THREAD_ROWS) * A_PITCH + k_quad]);
-        multiply_row(first + 3u, tile_a[(row + 3u * THREAD_ROWS) * A_PITCH + k_quad]);
+        let place = place_in_row(k_quad, thread_row); // THREAD_ROWS is a multiple of a row's quads
+        multiply_row(first, tile_a[row * A_ROW_QUADS + place]);
+        multiply_row(first + 1u, tile_a[(row + THREAD_ROWS) * A_ROW_QUADS + place]);
+        multiply_row(first + 2u, tile_a[(row + 2u * THREAD_ROWS) * A_ROW_QUADS + place]);
+        multiply_row(first + 3u, tile_a[(row + 3u * THREAD_ROWS) * A_ROW_QUADS + place]);
     }
 }
 

@@ -85,8 +85,8 @@ pub const PROCESSORS: usize = 132;
 /// The tile for a product of this shape. Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
 pub fn choose(variant: Variant, m: usize, n: usize) -> Tile {
     match variant {
-        // As deep as Metal's 32 KiB of workgroup memory allow, in powers of two
-        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 16, 16, 16),
+        // Fills Metal's 32 KiB of workgroup memory
+        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 32, 16, 16),
         Variant::Scalar => tile(64, 64, 32, 8, 8),
         Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2),
         // Eight subgroups of 64 x 64 each: the best ratio of products to loads, 43 KB of workgroup memory.

@@ -57,7 +57,8 @@ impl Fault {
     fn cases<'a>(&self, all: &'a [Case]) -> Vec<&'a Case> {
         let meant =
             |k: &Kernel| k.name() == self.kernel && self.constants.iter().all(|c| k.header().lines().any(|l| l == *c));
-        let first = all.iter().find(|c| meant(&c.kernel)).unwrap_or_else(|| panic!("{self}: no case has this kernel"));
+        let has = |c: &&Case| meant(&c.kernel) && c.kernel.text().contains(self.from);
+        let first = all.iter().find(has).unwrap_or_else(|| panic!("{self}: no case has this kernel and text"));
         all.iter().filter(|c| lower::label(&c.kernel) == lower::label(&first.kernel)).collect()
     }
 

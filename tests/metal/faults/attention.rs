@@ -52,6 +52,10 @@ pub const FAULTS: &[Fault] = &[
         from: "0xbb67ae85u", to: "0xbb67ae84u", found_by: Layer::Values,
     },
     Fault {
+        what: "a product's lower half", kernel: "dropout", constants: &[],
+        from: "u32((u64(a) * u64(b)) >> 32u)", to: "u32(u64(a) * u64(b))", found_by: Layer::Values,
+    },
+    Fault {
         what: "no barrier between the scores and their readers", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
         from: "        workgroupBarrier();\n\n        // P", to: "        // P", found_by: Layer::Race,
     },

@@ -1,5 +1,8 @@
 //! Seeded faults: one wrong line in a real kernel each, and which check must find it. A fault that passes is a hole.
 
+mod attention;
+mod operations;
+
 use std::fmt;
 
 use gpt_wgpu::kernel::Kernel;
@@ -38,208 +41,10 @@ struct Fault {
     found_by: Layer,
 }
 
-const F32: &str = "alias elem = f32;";
-const D32: &str = "const HEAD_DIM: u32 = 32u;";
-const D64: &str = "const HEAD_DIM: u32 = 64u;";
-const DROPS: &str = "const DROPOUT: bool = true;";
-const KEEPS: &str = "const DROPOUT: bool = false;";
-const F16_PRODUCTS: &str = "alias mat_elem = f16;";
-
-#[rustfmt::skip] // a table
-const FAULTS: &[Fault] = &[
-    Fault {
-        what: "no barrier between writers and readers", kernel: "attention_delta", constants: &[F32, D64],
-        from: "    workgroupBarrier();\n", to: "", found_by: Layer::Race,
-    },
-    Fault {
-        what: "one thread more than there are rows", kernel: "attention_delta", constants: &[F32, D64],
-        from: "thread < ROWS && row", to: "thread <= ROWS && row", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "one row more than there are", kernel: "attention_delta", constants: &[F32, D64],
-        from: "if (first_row + row < rows)", to: "if (first_row + row <= rows)", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "rows that overlap", kernel: "attention_delta", constants: &[F32, D64],
-        from: "= DIM_QUADS + 1u;", to: "= DIM_QUADS - 1u;", found_by: Layer::Race,
-    },
-    Fault {
-        what: "a sum that leaves out its first term", kernel: "attention_delta", constants: &[F32, D64],
-        from: "for (var quad = 0u;", to: "for (var quad = 1u;", found_by: Layer::Values,
-    },
-    Fault {
-        what: "the mask the other way round", kernel: "dropout", constants: &[],
-        from: ">= params.drop_threshold", to: "< params.drop_threshold", found_by: Layer::Values,
-    },
-    Fault {
-        what: "four columns where fewer are left", kernel: "dropout", constants: &[],
-        from: "min(4u, params.columns - block * 4u)", to: "4u", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "one group more than there are", kernel: "dropout", constants: &[],
-        from: "if (group >= params.rows", to: "if (group > params.rows", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "the grid's second row forgotten", kernel: "dropout", constants: &[],
-        from: "id.y * grid.x * 256u + id.x", to: "id.x", found_by: Layer::Race,
-    },
-    Fault {
-        what: "one bit of a random generator", kernel: "dropout", constants: &[],
-        from: "0xbb67ae85u", to: "0xbb67ae84u", found_by: Layer::Values,
-    },
-    Fault {
-        what: "no barrier between the scores and their readers", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
-        from: "        workgroupBarrier();\n\n        // P", to: "        // P", found_by: Layer::Race,
-    },
-    Fault {
-        what: "no barrier between readers of a row and its next writers", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
-        from: "workgroupBarrier(); // all parts", to: "// all parts", found_by: Layer::Race,
-    },
-    Fault {
-        what: "a barrier that not all threads reach", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
-        from: "row_sums[thread] = sum;\n    workgroupBarrier();", to: "row_sums[thread] = sum;\n    if (thread < 96u) { workgroupBarrier(); }", found_by: Layer::Parting,
-    },
-    Fault {
-        what: "one key of the future", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
-        from: "let visible_scores = select(row_scores, vec4<f32>(MASKED), keys > vec4<u32>(query))",
-        to: "let visible_scores = select(row_scores, vec4<f32>(MASKED), keys > vec4<u32>(query + 1u))", found_by: Layer::Values,
-    },
-    Fault {
-        what: "rows and columns of a tile changed round", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
-        from: "((row % 4u) * KEY_QUADS + row / 4u)", to: "((row % 4u) + row / 4u * 4u)", found_by: Layer::Values,
-    },
-    Fault {
-        what: "keys behind the last", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
-        from: "let source = min(key_start + row, seq_len - 1u);", to: "let source = key_start + row;", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "a result for rows behind the last", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
-        from: "if (thread < BLOCK_Q && query < seq_len)", to: "if (thread < BLOCK_Q)", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "a read past the end of a workgroup array", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
-        from: "row_sums[part * BLOCK_Q + thread]", to: "row_sums[part * BLOCK_Q + thread + 1u]", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "the grid's second row forgotten", kernel: "attention_scalar_forward", constants: &[F32, D32, DROPS],
-        from: "workgroup.y * grid.x + workgroup.x", to: "workgroup.x", found_by: Layer::Race,
-    },
-    Fault {
-        what: "a tile overwritten while it is read", kernel: "attention_scalar_dq", constants: &[F32, D64, KEEPS],
-        from: "workgroupBarrier(); // the tiles' last readers are done", to: "", found_by: Layer::Race,
-    },
-    Fault {
-        what: "columns in another order", kernel: "attention_scalar_dq", constants: &[F32, D64, KEEPS],
-        from: "qkv_stride + out_col + j * OUT_COLS;", to: "qkv_stride + out_col + (OUT_QUADS - 1u - j) * OUT_COLS + 1u;", found_by: Layer::Values,
-    },
-    Fault {
-        what: "one row more than there are, written", kernel: "attention_scalar_dq", constants: &[F32, D64, KEEPS],
-        from: "if (query < params.seq_len)", to: "if (query <= params.seq_len)", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "a product in f16", kernel: "attention_scalar_dq", constants: &["alias elem = f16;", D64, KEEPS],
-        from: "vec4<elem>(accumulator[j * OUT_ROWS + i] * scale)", to: "vec4<elem>(accumulator[j * OUT_ROWS + i]) * elem(scale)", found_by: Layer::Limits,
-    },
-    Fault {
-        what: "a private array with one element too few", kernel: "attention_scalar_dq", constants: &[F32, D64, KEEPS],
-        from: "var<private> accumulator: array<vec4<f32>, OUT_ROWS * OUT_QUADS>;",
-        to: "var<private> accumulator: array<vec4<f32>, OUT_ROWS * OUT_QUADS - 1u>;", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "a tile overwritten while it is read", kernel: "attention_scalar_dkv", constants: &[F32, D64, KEEPS],
-        from: "workgroupBarrier(); // the tiles' last readers are done", to: "", found_by: Layer::Race,
-    },
-    Fault {
-        what: "a write one element further", kernel: "attention_scalar_dkv", constants: &[F32, D64, KEEPS],
-        from: "query_delta[index] = delta_value;", to: "query_delta[index + 1u] = delta_value;", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "a tile left out", kernel: "attention_scalar_dkv", constants: &[F32, D64, KEEPS],
-        from: "for (var query_start = key_start / BLOCK_Q * BLOCK_Q;", to: "for (var query_start = (key_start / BLOCK_Q + 1u) * BLOCK_Q;", found_by: Layer::Values,
-    },
-    Fault {
-        what: "no barrier behind a staged tile", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "stage_tile(thread);\n        workgroupBarrier();", to: "stage_tile(thread);", found_by: Layer::Race,
-    },
-    Fault {
-        what: "no barrier between lanes and their matrix", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "(part_sum.z + part_sum.w);\n    workgroupBarrier();", to: "(part_sum.z + part_sum.w);", found_by: Layer::Race,
-    },
-    Fault {
-        what: "two subgroups in one scratch", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "scratch_base = subgroup * SUBGROUP_SCRATCH;", to: "scratch_base = subgroup / 2u * SUBGROUP_SCRATCH;", found_by: Layer::Race,
-    },
-    Fault {
-        what: "a matrix read by columns", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "probabilities[block * SCORE_TILES + j] =\n            coopLoadT", to: "probabilities[block * SCORE_TILES + j] =\n            coopLoad", found_by: Layer::Values,
-    },
-    Fault {
-        what: "another stride for the matrix than for the lanes", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "const TILE_PITCH: u32 = TILE_STRIDE / PACK;", to: "const TILE_PITCH: u32 = HEAD_DIM / PACK;", found_by: Layer::Values,
-    },
-    Fault {
-        what: "a matrix that reaches behind its tile", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "const TILE_PITCH: u32 = TILE_STRIDE / PACK;", to: "const TILE_PITCH: u32 = TILE_STRIDE / PACK + 8u;", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "sums that are never rescaled", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "atomicMax(&rescale_request[0], number);", to: "", found_by: Layer::Values,
-    },
-    Fault {
-        what: "each lane rescales when it wants to", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "var rescale = atomicLoad(&rescale_request[0]) == number;",
-        to: "var rescale = atomicLoad(&rescale_request[0]) == number && shrink[0] < 1.0;", found_by: Layer::Parting,
-    },
-    Fault {
-        what: "a broadcast without atomics", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "        atomicMax(&rescale_request[0], number);", to: "        scratch[SCRATCH_SIZE - 1u] = f32(number);", found_by: Layer::Race,
-    },
-    Fault {
-        what: "half of the lanes of a row", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "distance < LANES_PER_ROW; distance *= 2u) {\n        total", to: "distance < LANES_PER_ROW / 2u; distance *= 2u) {\n        total", found_by: Layer::Values,
-    },
-    Fault {
-        what: "all lanes of a row write its result", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "if (query < params.seq_len && lane_part == 0u)", to: "if (query < params.seq_len)", found_by: Layer::Race,
-    },
-    Fault {
-        what: "matrices behind a variable of four bytes", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "array<atomic<u32>, 4>", to: "array<atomic<u32>, 1>", found_by: Layer::Limits,
-    },
-    Fault {
-        what: "more workgroup memory than there is", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "const TILE_SIZE: u32 = BLOCK_K * TILE_STRIDE;", to: "const TILE_SIZE: u32 = BLOCK_K * TILE_STRIDE * 8u;", found_by: Layer::Limits,
-    },
-    Fault {
-        what: "matrices that some lanes skip", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "        add_scores(0u);", to: "        if (query < seq_len) { add_scores(0u); }", found_by: Layer::Parting,
-    },
-    Fault {
-        what: "a left factor on the right", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "let columns = coopLoad<mat_b>(&stream_a[place], TILE_PITCH);\n            scores[0u]",
-        to: "let columns = coopLoad<mat_a>(&stream_a[place], TILE_PITCH);\n            scores[0u]", found_by: Layer::Naga,
-    },
-    Fault {
-        what: "no barrier behind a staged tile", kernel: "attention_coop_dq", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "stage_tile(thread);\n        workgroupBarrier();", to: "stage_tile(thread);", found_by: Layer::Race,
-    },
-    Fault {
-        what: "rows behind the last", kernel: "attention_coop_dkv", constants: &[F32, D64, DROPS, F16_PRODUCTS],
-        from: "min(first_row + index / DIM_QUADS, params.seq_len - 1u)", to: "min(first_row + index / DIM_QUADS, params.seq_len)", found_by: Layer::Bounds,
-    },
-    Fault {
-        what: "the diagonal masked away", kernel: "attention_coop_dkv", constants: &[F32, D64, DROPS, F16_PRODUCTS],
-        from: "queries < vec4<u32>(key)", to: "queries <= vec4<u32>(key)", found_by: Layer::Values,
-    },
-    Fault {
-        what: "a gradient without dropout's factor", kernel: "attention_coop_dkv", constants: &[F32, D64, DROPS, F16_PRODUCTS],
-        from: "gradient * params.keep_scale", to: "gradient", found_by: Layer::Values,
-    },
-    Fault {
-        what: "a gradient that stays scaled", kernel: "attention_coop_dkv", constants: &[F32, D64, DROPS, F16_PRODUCTS],
-        from: "let value_factor = 1.0 / params.gradient_scale;", to: "let value_factor = 1.0;", found_by: Layer::Values,
-    },
-];
+/// Every fault.
+fn all() -> impl Iterator<Item = &'static Fault> {
+    attention::FAULTS.iter().chain(operations::FAULTS)
+}
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -252,7 +57,8 @@ impl Fault {
     fn cases<'a>(&self, all: &'a [Case]) -> Vec<&'a Case> {
         let meant =
             |k: &Kernel| k.name() == self.kernel && self.constants.iter().all(|c| k.header().lines().any(|l| l == *c));
-        let first = all.iter().find(|c| meant(&c.kernel)).unwrap_or_else(|| panic!("{self}: no case has this kernel"));
+        let has = |c: &&Case| meant(&c.kernel) && c.kernel.text().contains(self.from);
+        let first = all.iter().find(has).unwrap_or_else(|| panic!("{self}: no case has this kernel and text"));
         all.iter().filter(|c| lower::label(&c.kernel) == lower::label(&first.kernel)).collect()
     }
 
@@ -294,7 +100,7 @@ impl Fault {
 fn every_seeded_fault_is_found() {
     let Some(clang) = crate::clang() else { return };
     let cases = cases::all();
-    let numbered: Vec<_> = FAULTS.iter().enumerate().collect();
+    let numbered: Vec<_> = all().enumerate().collect();
     let wrong: Vec<String> = parallel(&numbered, |(number, fault)| match fault.find(*number, &cases, &clang) {
         None => Some(format!("{fault}: PASSED, should be found by {:?}", fault.found_by)),
         Some((layer, _)) if layer == fault.found_by => None,
@@ -303,6 +109,6 @@ fn every_seeded_fault_is_found() {
     .into_iter()
     .flatten()
     .collect();
-    assert!(wrong.is_empty(), "{} of {} seeded faults\n{}", wrong.len(), FAULTS.len(), wrong.join("\n"));
-    eprintln!("{} seeded faults, all found", FAULTS.len());
+    assert!(wrong.is_empty(), "{} of {} seeded faults\n{}", wrong.len(), numbered.len(), wrong.join("\n"));
+    eprintln!("{} seeded faults, all found", numbered.len());
 }

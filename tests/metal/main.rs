@@ -65,14 +65,16 @@ fn assert_none(what: &str, failures: Vec<Option<String>>) {
 }
 
 /// What of a kernel must be executed: the kernel as it is. Of the matrix products, which come in every combination of
-/// constants, and of a second form of the random generator it is each constant by itself, once for every kind of product.
+/// constants, it is each constant in each layout and type of product; of the random generator's second form, its use.
 fn features(kernel: &Kernel) -> BTreeSet<String> {
     let products = kernel.header().lines().find(|line| line.starts_with("alias mat_elem"));
     let family = format!("{} {}", kernel.name(), products.unwrap_or_default());
     if lower::has_int64(kernel) {
         BTreeSet::from([format!("{family} int64")])
     } else if kernel.name().starts_with("linear_") {
-        kernel.header().lines().flat_map(|line| line.split(", ")).map(|part| format!("{family} {part}")).collect()
+        let lines = kernel.header().lines();
+        let layout = lines.clone().filter(|line| line.contains("_BY_")).collect::<Vec<_>>().join(" ");
+        lines.flat_map(|line| line.split(", ")).map(|part| format!("{family} {layout} {part}")).collect()
     } else {
         BTreeSet::from([lower::label(kernel)])
     }

@@ -1,0 +1,185 @@
+//! Faults in the matrix products and in everything by rows and by elements.
+
+use super::{Fault, Layer};
+
+const KEEPS: &str = "const DROPOUT: bool = false;";
+const F16_PRODUCTS: &str = "alias mat_elem = f16;";
+const SMALL: &str = "const THREAD_ROWS: u32 = 8u;";
+const LARGE: &str = "const THREAD_ROWS: u32 = 16u;";
+const SINGLES: &str = "// plain, singles, bias: true";
+const QUADS: &str = "// plain, quads, bias: true";
+const BARE_QUADS: &str = "// plain, quads, bias: false";
+const GELU_QUADS: &str = "// gelu, quads, bias: true";
+const A_BY_K: &str = "const A_BY_K: bool = true;";
+const A_BY_M: &str = "const A_BY_K: bool = false;";
+const B_BY_K: &str = "const B_BY_N: bool = false;";
+const EXACT: &str = "const RAGGED: bool = false;";
+const RAGGED: &str = "const RAGGED: bool = true;";
+const SCALED: &str = "const A_SCALED: bool = true;";
+const GRADIENT: &str = "const GRADIENT: bool = true;";
+const SIXTEEN_ROWS: &str = "const ROWS: u32 = 16u;";
+const LANES67: &str = "const LANES: u32 = 67u;";
+
+#[rustfmt::skip] // a table
+pub const FAULTS: &[Fault] = &[
+    Fault {
+        what: "no barrier between writers and readers of a tile", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
+        from: "        stage(thread);\n        workgroupBarrier();", to: "        stage(thread);", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a tile overwritten while it is read", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
+        from: "        workgroupBarrier();\n        stage(thread);", to: "        stage(thread);", found_by: Layer::Race,
+    },
+    Fault {
+        what: "rows of a tile that overlap", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
+        from: "A_ROW_QUADS + select(1u, 0u, A_BY_K)", to: "A_ROW_QUADS - select(1u, 0u, A_BY_K)", found_by: Layer::Race,
+    },
+    Fault {
+        what: "more workgroup memory than there is", kernel: "linear_scalar", constants: &[LARGE, QUADS],
+        from: "const BLOCK_K: u32 = 16u;", to: "const BLOCK_K: u32 = 32u;", found_by: Layer::Limits,
+    },
+    Fault {
+        what: "one row more than there are", kernel: "linear_scalar", constants: &[SMALL, GELU_QUADS],
+        from: "min(m, params.m - 1u), RAGGED", to: "min(m, params.m), RAGGED", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "elements behind the last", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
+        from: "a[min(index + 3u, last)]", to: "a[index + 3u]", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "one column more than there are, written", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
+        from: "store_out(index, min(4u, params.n - col), sum", to: "store_out(index, min(4u, params.n - col + 1u), sum", found_by: Layer::Race,
+    },
+    Fault {
+        what: "k behind the last", kernel: "linear_scalar", constants: &[SMALL, BARE_QUADS, A_BY_M, B_BY_K, RAGGED],
+        from: "< vec4<u32>(place.end_k)", to: "<= vec4<u32>(place.end_k)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "parts of a sum in one place", kernel: "linear_scalar", constants: &[SMALL, BARE_QUADS, A_BY_K, EXACT],
+        from: "(split * params.m + row)", to: "row", found_by: Layer::Race,
+    },
+    Fault {
+        what: "one group more than there are", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
+        from: "if (index >= blocks * splits)", to: "if (index > blocks * splits)", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "blocks of rows in another order than of places", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
+        from: "rest / rows_in_group * BLOCK_N", to: "rest / GROUP_ROWS * BLOCK_N", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a matrix stored in another pitch than it is read", kernel: "linear_coop", constants: &[F16_PRODUCTS, SINGLES],
+        from: "let stride = SCRATCH_STRIDE;", to: "let stride = SCRATCH_COLS;", found_by: Layer::Values,
+    },
+    Fault {
+        what: "subgroups that share their scratch", kernel: "linear_coop", constants: &[F16_PRODUCTS, SINGLES],
+        from: "let base = subgroup * SUBGROUP_SCRATCH;", to: "let base = subgroup * SCRATCH_STRIDE;", found_by: Layer::Race,
+    },
+    Fault {
+        what: "no barrier between a matrix and its readers", kernel: "linear_coop", constants: &[F16_PRODUCTS, SINGLES],
+        from: "    workgroupBarrier();\n    for (var q", to: "    for (var q", found_by: Layer::Race,
+    },
+    Fault {
+        what: "no barrier before the next matrix", kernel: "linear_coop", constants: &[F16_PRODUCTS, SINGLES],
+        from: "        );\n    }\n    workgroupBarrier();", to: "        );\n    }", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a left factor of another row", kernel: "linear_coop", constants: &[F16_PRODUCTS, SINGLES],
+        from: "coopMultiplyAdd(left[R1], right", to: "coopMultiplyAdd(left[0], right", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a matrix read by columns", kernel: "linear_coop", constants: &[F16_PRODUCTS, SINGLES],
+        from: "left[i] = coopLoadT<mat_a>(&tile_a[row", to: "left[i] = coopLoad<mat_a>(&tile_a[row", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a sum that stays scaled", kernel: "linear_coop", constants: &[F16_PRODUCTS, SCALED],
+        from: "sum * params.out_scale + bias_at(col)", to: "sum + bias_at(col)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "one row more than there are, summed", kernel: "column_sum", constants: &[],
+        from: "min(first + BLOCK_ROWS, params.rows)", to: "first + BLOCK_ROWS", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a decay that grows", kernel: "gelu_gradient", constants: &["const GELU_TANH: bool = true;"],
+        from: "exp(-2.0 * abs(argument))", to: "exp(-2.0 * argument)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "one quad more than there are", kernel: "gelu_gradient", constants: &["const GELU_TANH: bool = false;"],
+        from: "if (quad >= params.quads)", to: "if (quad > params.quads)", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a part left out", kernel: "sum_parts", constants: &["const ACCUMULATE: bool = true;"],
+        from: "var part = 0u;", to: "var part = 1u;", found_by: Layer::Values,
+    },
+    Fault {
+        what: "no barrier between a team's writers and readers", kernel: "layer_norm_forward", constants: &[LANES67],
+        from: "    partial[thread] = value;\n    workgroupBarrier();", to: "    partial[thread] = value;", found_by: Layer::Race,
+    },
+    Fault {
+        what: "one row more than there are", kernel: "layer_norm_forward", constants: &[LANES67],
+        from: "if (row >= params.rows)", to: "if (row > params.rows)", found_by: Layer::Race,
+    },
+    Fault {
+        what: "sums overwritten while they are read", kernel: "layer_norm_backward", constants: &[LANES67],
+        from: "        workgroupBarrier();\n    }\n}", to: "    }\n}", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a row counted twice", kernel: "layer_norm_backward", constants: &[LANES67],
+        from: "                if (has_row) {\n                    dw[i]", to: "                if (true) {\n                    dw[i]", found_by: Layer::Values,
+    },
+    Fault {
+        what: "the grid's second row forgotten", kernel: "column_sums", constants: &[],
+        from: "(workgroup.y * grid.x + workgroup.x) * TILE", to: "workgroup.x * TILE", found_by: Layer::Race,
+    },
+    Fault {
+        what: "keys that swap without a barrier", kernel: "embedding_sort", constants: &[],
+        from: "            workgroupBarrier();\n            for (var pair", to: "            for (var pair", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a key that counts itself", kernel: "embedding_rank", constants: &[],
+        from: "if (sorted[start + count + reach - 1u] < bound)", to: "if (sorted[start + count + reach - 1u] <= bound)", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a row's sums overwritten while they are read", kernel: "embedding_backward", constants: &[KEEPS, SIXTEEN_ROWS],
+        from: "    workgroupBarrier(); // the next row's sums may come", to: "", found_by: Layer::Race,
+    },
+    Fault {
+        what: "items of a list behind its last", kernel: "embedding_backward", constants: &[KEEPS, SIXTEEN_ROWS],
+        from: "list_item(row, min(i, length - 1u))", to: "list_item(row, i)", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "positions of another sequence", kernel: "embedding_forward", constants: &[KEEPS],
+        from: "row % params.time", to: "row", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "one lane more than there are", kernel: "adamw", constants: &[],
+        from: "if (index >= params.count)", to: "if (index > params.count)", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a slope without the clip", kernel: "adamw", constants: &[],
+        from: "g[index] * scale[0]", to: "g[index]", found_by: Layer::Limits,
+    },
+    Fault {
+        what: "lanes behind the last", kernel: "square_sums", constants: &[],
+        from: "g[min(index, params.count - 1u)]", to: "g[index]", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a tree that stops early", kernel: "gradient_norm", constants: &[],
+        from: "reach > 0u", to: "reach > 1u", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a gradient before the target's logit is read", kernel: "cross_entropy", constants: &[GRADIENT],
+        from: "storageBarrier(); // thread 0", to: "// thread 0", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a gradient of the padding", kernel: "cross_entropy", constants: &[GRADIENT],
+        from: ", columns < vec4<u32>(params.vocab)", to: ", columns <= vec4<u32>(params.vocab)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "no target to divide by", kernel: "cross_entropy_count", constants: &[],
+        from: "max(sums[0], 1u)", to: "sums[0]", found_by: Layer::Values,
+    },
+    Fault {
+        what: "no barrier in a tree", kernel: "cross_entropy_mean", constants: &[],
+        from: "        workgroupBarrier();\n", to: "", found_by: Layer::Race,
+    },
+];

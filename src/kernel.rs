@@ -243,10 +243,10 @@ pub fn variant(tensor: &CubeTensor) -> Option<Variant> {
     with_capabilities(tensor, |device| pick(choice(), &supported(device, f16), f16))
 }
 
-/// What will run on a device with these capabilities, for the line at start-up.
+/// What will run on a device with these capabilities, for the line at start-up and for reports.
 pub fn describe(capabilities: &Capabilities) -> String {
     let variant = pick(choice(), &supported(capabilities, false), false);
-    variant.map_or("kernels: Burn's own".to_string(), |variant| format!("kernels: {variant}"))
+    variant.map_or("Burn's own".to_string(), |variant| variant.to_string())
 }
 
 /// The devices that were opened, and the choice for this process.

@@ -2,8 +2,8 @@
 //
 //     out (M, N) = epilogue(A (M, K) B (K, N)), every matrix row-major
 //
-// Expects from the header: BLOCK_M, BLOCK_N (rows and columns of out that a workgroup computes); RAGGED
-// (bool: whether M, N or K, or a part of it, is no multiple of the block's); PARAMS, the binding.
+// Expects from the header: BLOCK_M, BLOCK_N (rows and columns of out that a workgroup computes); RAGGED and
+// K_RAGGED (bool: whether M or N, or K, is no multiple of the block's); PARAMS, the binding.
 
 struct Params {
     m: u32,
@@ -71,7 +71,7 @@ fn place_of(index: u32) -> Place {
 // A row, or the first of four columns, that exists; the identity where nothing is ragged.
 fn row_of_m(m: u32) -> u32 { return select(m, min(m, params.m - 1u), RAGGED); }
 fn row_of_n(n: u32) -> u32 { return select(n, min(n, params.n - 1u), RAGGED); }
-fn row_of_k(k: u32) -> u32 { return select(k, min(k, params.k - 1u), RAGGED); }
+fn row_of_k(k: u32) -> u32 { return select(k, min(k, params.k - 1u), K_RAGGED); }
 fn quad_of_m(m: u32) -> u32 { return select(m, min(m, (params.m - 1u) / 4u * 4u), RAGGED); }
 fn quad_of_n(n: u32) -> u32 { return select(n, min(n, (params.n - 1u) / 4u * 4u), RAGGED); }
-fn quad_of_k(k: u32) -> u32 { return select(k, min(k, (params.k - 1u) / 4u * 4u), RAGGED); }
+fn quad_of_k(k: u32) -> u32 { return select(k, min(k, (params.k - 1u) / 4u * 4u), K_RAGGED); }

@@ -14,7 +14,8 @@
 //     BLOCK_N     4 or 8 * THREAD_COLS
 //     BLOCK_K     16 or 32; BLOCK_K / 4 divides THREAD_ROWS and THREAD_COLS; at most 8 quads of A and of B a thread
 //     A_BY_K, B_BY_N   bool: A is stored (K, M), else (M, K); B is stored (N, K), else (K, N)
-//     RAGGED      bool: whether M, N or K (or a part of it) is no multiple of BLOCK_M, BLOCK_N, BLOCK_K
+//     RAGGED      bool: whether M or N is no multiple of BLOCK_M or BLOCK_N
+//     K_RAGGED    bool: whether K is no multiple of BLOCK_K
 // Workgroup: THREADS = THREAD_ROWS * THREAD_COLS.
 // Grid: splits * ceil(M / BLOCK_M) * ceil(N / BLOCK_N) workgroups, folded into (x, y) when over 65535.
 
@@ -62,13 +63,13 @@ fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
     if (A_BY_K) {
         let k = first_k + row;
         next_a[i] = vec4<f32>(load_a(row_of_k(k) * params.a_stride + quad_of_m(place.first_row + col)));
-        if (RAGGED) {
+        if (K_RAGGED) {
             next_a[i] = select(vec4<f32>(), next_a[i], vec4<bool>(k < place.end_k));
         }
     } else {
         let k = first_k + col;
         next_a[i] = vec4<f32>(load_a(row_of_m(place.first_row + row) * params.a_stride + quad_of_k(k)));
-        if (RAGGED) {
+        if (K_RAGGED) {
             next_a[i] = select(vec4<f32>(), next_a[i], k + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(place.end_k));
         }
     }
@@ -80,7 +81,7 @@ fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
     let col = index % B_ROW_QUADS * 4u;
     if (B_BY_N) {
         next_b[i] = vec4<f32>(load_b(row_of_n(place.first_col + row) * params.b_stride + quad_of_k(first_k + col)));
-        if (RAGGED) {
+        if (K_RAGGED) {
             let inside = first_k + col + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(params.k);
             next_b[i] = select(vec4<f32>(), next_b[i], inside);
         }

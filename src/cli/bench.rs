@@ -66,7 +66,7 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
     let mut stdout = std::io::stdout(); // a closed pipe (`| head`) is no error
     let _ = writeln!(stdout, "{chosen}");
     if chosen.adapter.is_some() {
-        let _ = writeln!(stdout, "{}", kernel::describe(&chosen.capabilities));
+        let _ = writeln!(stdout, "kernels: {}", kernel::describe(&chosen.capabilities));
     }
     let data = dataset(&config)?;
     let gpt = config.gpt(data.as_ref().map_or_else(|| vocabulary(&config), |data| Ok(data.vocab_size()))?);

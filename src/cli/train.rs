@@ -57,7 +57,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     say(chosen.to_string());
     kernel::choose(config.train.kernels);
     if chosen.adapter.is_some() {
-        say(kernel::describe(&chosen.capabilities));
+        say(format!("kernels: {}", kernel::describe(&chosen.capabilities)));
     }
     let bare = args.config.is_none() && !given(matches, "dataset") && resumed.is_none();
     let dir = dataset(&mut config, bare, args.quiet)?;

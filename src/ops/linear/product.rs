@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::tiles::{self, Epilogue, Layout, PROCESSORS, Spec, Tile};
+use super::tiles::{self, Epilogue, Layout, PROCESSORS, Ragged, Spec, Tile};
 use crate::kernel::{self, Kernel, Variant, Work, fold};
 use crate::ops::dropout::Dropout;
 
@@ -137,7 +137,12 @@ impl Plan {
     pub fn kernel(&self) -> Kernel {
         let ([m, n, k], tile) = (self.sizes, self.tile());
         let quads = self.strides.iter().all(|stride| stride % 4 == 0);
-        let fits = [(m, tile.m), (n, tile.n), (k, tile.k)].iter().all(|(size, tile)| size % *tile as usize == 0);
+        let fits = |size: usize, tile: u32| size.is_multiple_of(tile as usize);
+        let ragged = match fits(m, tile.m) && fits(n, tile.n) {
+            _ if !quads || !fits(k, tile.k) => Ragged::Sums,
+            true => Ragged::Nothing,
+            false => Ragged::Output,
+        };
         let spec = Spec {
             variant: self.variant,
             layout: self.layout,
@@ -145,7 +150,7 @@ impl Plan {
             bias: self.bias,
             f16: self.f16,
             quads,
-            ragged: !quads || !fits,
+            ragged,
             scaled: self.is_scaled(),
             tile,
         };

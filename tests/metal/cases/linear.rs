@@ -50,6 +50,9 @@ pub fn cases() -> Vec<Case> {
             Ask { scale: 64.0, padded: true, ..ask(Nn, [65, 66, 35]) },
             Ask { scale: 64.0, ..ask(Nn, [3, 68, 36]) },
             ask(Nn, [67, 65, 34]),
+            // Ragged in M and N alone
+            ask(Nn, [65, 68, 64]),
+            ask(Tn, [68, 72, 32]),
             // K in whole parts, and one too short
             Ask { k_split: 64, scale: 64.0, ..ask(Tn, [64, 64, 192]) },
             Ask { k_split: 32, ..ask(Tn, [5, 70, 71]) },

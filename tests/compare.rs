@@ -91,14 +91,21 @@ fn every_fixture_survives_a_round_trip() {
     }
 }
 
-/// The README's table of peers is what `compare` prints, and nothing else.
+/// The README's tables of peers are what `compare` prints, and nothing else.
 #[test]
-fn the_readmes_table_is_made_from_the_reports_beside_it() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/measurements/peers-2cores");
-    let names = ["gpt-wgpu-cpu.json", "pytorch-cpu.json", "mlx-cpu.json", "gpt-wgpu-lavapipe.json"];
-    let paths: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
-    let markdown = compare::compare(&paths, &Options::default()).unwrap().markdown();
-    assert!(include_str!("../README.md").contains(&markdown), "{markdown}");
+fn the_readmes_tables_are_made_from_the_reports_beside_it() {
+    let tables: [(&str, &[&str]); 3] = [
+        ("peers-2cores", &["gpt-wgpu-cpu", "pytorch-cpu", "mlx-cpu", "gpt-wgpu-lavapipe"]),
+        ("h200", &["char-coop", "char-scalar", "char-pt-fp32", "char-pt-tf32", "char-pt-bf16"]),
+        ("h200", &["gpt2-coop", "gpt2-scalar", "gpt2-pt-fp32", "gpt2-pt-tf32", "gpt2-pt-bf16"]),
+    ];
+    for (folder, names) in tables {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/measurements").join(folder);
+        let paths: Vec<PathBuf> = names.iter().map(|name| folder.join(format!("{name}.json"))).collect();
+        let options = Options { across_dtypes: folder.ends_with("h200"), ..Options::default() };
+        let markdown = compare::compare(&paths, &options).unwrap().markdown();
+        assert!(include_str!("../README.md").contains(markdown.trim_end()), "{markdown}");
+    }
 }
 
 #[test]

@@ -19,13 +19,25 @@ fn adapter() -> Option<(wgpu::Adapter, u32)> {
     })
 }
 
-/// What the buffers hold after one launch of `wgsl`.
-fn run(device: &wgpu::Device, queue: &wgpu::Queue, case: &Case, wgsl: &str) -> Vec<Vec<u8>> {
+/// A device with everything that the adapter has.
+fn open(adapter: &wgpu::Adapter) -> (wgpu::Device, wgpu::Queue) {
+    let request = wgpu::DeviceDescriptor {
+        required_features: adapter.features() - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS,
+        required_limits: adapter.limits(),
+        // SAFETY: cooperative matrices are experimental in wgpu; this is the test of our kernels under them.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+        ..Default::default()
+    };
+    pollster::block_on(adapter.request_device(&request)).unwrap()
+}
+
+/// A kernel as CubeCL compiles it.
+fn pipeline(device: &wgpu::Device, wgsl: &str) -> wgpu::ComputePipeline {
     let source = wgpu::ShaderSource::Wgsl(wgsl.into());
     let module = wgpu::ShaderModuleDescriptor { label: None, source };
     // SAFETY: what CubeCL asks for too; that the kernels stay in bounds is tested beside this.
     let module = unsafe { device.create_shader_module_trusted(module, wgpu::ShaderRuntimeChecks::unchecked()) };
-    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+    device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: None,
         layout: None,
         module: &module,
@@ -35,7 +47,12 @@ fn run(device: &wgpu::Device, queue: &wgpu::Queue, case: &Case, wgsl: &str) -> V
             ..Default::default()
         },
         cache: None,
-    });
+    })
+}
+
+/// What the buffers hold after one launch of `wgsl`.
+fn run(device: &wgpu::Device, queue: &wgpu::Queue, case: &Case, wgsl: &str) -> Vec<Vec<u8>> {
+    let pipeline = pipeline(device, wgsl);
     let buffer = |bytes: &[u8], usage| {
         let size = (bytes.len() as u64).next_multiple_of(4);
         let usage = usage | wgpu::BufferUsages::COPY_DST;
@@ -92,14 +109,7 @@ fn cooperative_kernels_run_through_wgpu() {
         return;
     };
     eprintln!("{}, subgroups of {subgroup}", adapter.get_info().name);
-    let request = wgpu::DeviceDescriptor {
-        required_features: adapter.features() - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS,
-        required_limits: adapter.limits(),
-        // SAFETY: cooperative matrices are experimental in wgpu; this is the test of our kernels under them.
-        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
-        ..Default::default()
-    };
-    let (device, queue) = pollster::block_on(adapter.request_device(&request)).unwrap();
+    let (device, queue) = open(&adapter);
     let constants = ["alias mat_elem = f16;", "const DROPOUT: bool = true;", "const HEAD_DIM: u32 = 16u;"];
     let mut count = 0;
     for case in cases::all() {
@@ -119,4 +129,25 @@ fn cooperative_kernels_run_through_wgpu() {
         count += 1;
     }
     assert_eq!(count, 6, "forward, dq and dkv, of f32 and of f16 tensors");
+}
+
+/// On a Mac, Apple's own compiler takes every kernel that its GPU can be given.
+#[test]
+fn every_kernel_compiles_with_apples_compiler() {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::METAL));
+    let Some(adapter) = adapters.first() else {
+        let wanted = std::env::var("GPT_WGPU_DEVICE").is_ok_and(|device| device.starts_with("metal"));
+        assert!(!wanted, "GPT_WGPU_DEVICE asks for Metal and there is none");
+        eprintln!("SKIPPED: no Metal on this machine");
+        return;
+    };
+    let chosen = gpt_wgpu::device::choose("metal:0".parse().unwrap()).unwrap();
+    let (device, _queue) = open(adapter);
+    for kernel in gpt_wgpu::ops::kernels(&chosen.capabilities) {
+        let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+        pipeline(&device, &kernel.text());
+        let error = pollster::block_on(scope.pop());
+        assert!(error.is_none(), "{}: {}", lower::label(&kernel), error.unwrap());
+    }
 }

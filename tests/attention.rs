@@ -3,7 +3,7 @@
 
 mod common;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, FloatDType, Tensor};
 use common::guarded::{Guarded, primitive};
 use common::twins::{self, AttentionShape};
 use common::*;
@@ -117,6 +117,80 @@ fn large_logits_and_constant_rows() {
         check(device, variant, tolerance.max(2e-3), shape(1, 97, 2, 64), Dropout::OFF, 22.0);
         check(device, variant, tolerance, shape(1, 97, 2, 64), Dropout::OFF, 0.0);
     });
+}
+
+/// f16 tensors in and out; what is compared is rounded to 11 bits twice. Their gradients come scaled, so they are about 1.
+#[test]
+fn f16_tensors() {
+    let Some(device) = gpu() else {
+        eprintln!("SKIPPED: no GPU adapter");
+        return;
+    };
+    let probe = primitive(tensor(&[0.0], [1], &device));
+    let variants = tiles::supported(&kernel::capabilities(&probe), true);
+    if variants.is_empty() {
+        eprintln!("SKIPPED: the adapter has no f16");
+    }
+    for variant in variants {
+        for (s, dropout) in [
+            (shape(1, 1, 1, 16), Dropout::OFF),
+            (shape(2, 33, 3, 64), DROPOUT),
+            (shape(1, 130, 1, 80), Dropout::OFF),
+            (shape(1, 65, 2, 128), Dropout::OFF),
+        ] {
+            let what = |part: &str| format!("{variant:?} {s:?} f16 {part}");
+            let mut random = Random((s.time + s.head_dim) as u64);
+            let mut halves = |width: usize| -> Vec<f64> {
+                let values = random.vec(s.batch * s.time * width);
+                values.into_iter().map(|v| half::f16::from_f64(v).to_f64()).collect()
+            };
+            let channels = s.channels();
+            let (qkv, dout) = (halves(3 * channels), halves(channels));
+            let (want_out, _) = twins::attention(&qkv, s, dropout);
+            let want_dqkv = twins::attention_backward(&dout, &qkv, s, dropout);
+
+            let half = |values: &[f64], width: usize| {
+                let tensor: Tensor<3> = tensor(values, [s.batch, s.time, width], &device);
+                tensor.cast(FloatDType::F16)
+            };
+            let input = primitive(half(&qkv, 3 * channels));
+            let cotangent = primitive(half(&dout, channels));
+            let out = half(&vec![f64::NAN; dout.len()], channels);
+            let dqkv = half(&vec![f64::NAN; qkv.len()], 3 * channels);
+            let (out_inside, dqkv_inside) = (primitive(out.clone()), primitive(dqkv.clone()));
+            let rows = [s.batch, s.heads, s.time, 1];
+            let (lse, delta) = (Guarded::new(rows, &device), Guarded::new(rows, &device));
+            launch(Pass::Forward, variant, s.heads, dropout, &input, &[&input, &out_inside, &lse.inside]);
+            launch_delta(s.heads, &input, &[&cotangent, &out_inside, &delta.inside]);
+            let tensors = [&input, &cotangent, &lse.inside, &delta.inside, &dqkv_inside];
+            launch(Pass::Dq, variant, s.heads, dropout, &input, &tensors);
+            launch(Pass::Dkv, variant, s.heads, dropout, &input, &tensors);
+            assert_near(&what("out"), &values(out.cast(FloatDType::F32)), &want_out, 1e-2);
+            assert_near(&what("dqkv"), &values(dqkv.cast(FloatDType::F32)), &want_dqkv, 3e-2);
+        }
+    }
+}
+
+/// Without a gradient asked for, nothing is recorded; with one, it is the same whatever else wants gradients.
+#[test]
+fn gradients_are_made_where_they_are_wanted() {
+    for (name, device) in devices() {
+        let s = shape(2, 17, 2, 16);
+        let channels = s.channels();
+        let qkv = Random(3).vec(s.batch * s.time * 3 * channels);
+        let want = twins::attention(&qkv, s, Dropout::OFF).0;
+        let autodiff = device.clone().autodiff();
+        let plain: Tensor<3> = tensor(&qkv, [s.batch, s.time, 3 * channels], &autodiff);
+        let out = causal_attention(plain, s.heads, Dropout::OFF);
+        assert_close_tensor(name, out.clone().inner(), &want, 2e-5);
+        // The attention has no parent that wants a gradient; only what is added to it does.
+        let added = tensor::<3>(&want, [s.batch, s.time, channels], &autodiff).require_grad();
+        let gradients = (out + added.clone()).sum().backward();
+        assert_close_tensor(name, added.grad(&gradients).unwrap(), &vec![1.0; want.len()], 1e-6);
+        // Off the tape, on the device without autodiff.
+        let off = causal_attention(tensor(&qkv, [s.batch, s.time, 3 * channels], &device), s.heads, Dropout::OFF);
+        assert_close_tensor(name, off, &want, 2e-5);
+    }
 }
 
 #[test]

@@ -32,11 +32,15 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "rows of a tile that overlap", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
-        from: "A_ROW_QUADS + select(1u, 0u, A_BY_K)", to: "A_ROW_QUADS - select(1u, 0u, A_BY_K)", found_by: Layer::Race,
+        from: "tile_a[row * A_ROW_QUADS + select(", to: "tile_a[row * (A_ROW_QUADS - 1u) + select(", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a row shuffled otherwise than it is read", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
+        from: "place_in_row(quad, slot)", to: "place_in_row(quad, slot + 1u)", found_by: Layer::Values,
     },
     Fault {
         what: "more workgroup memory than there is", kernel: "linear_scalar", constants: &[LARGE, QUADS],
-        from: "const BLOCK_K: u32 = 16u;", to: "const BLOCK_K: u32 = 32u;", found_by: Layer::Limits,
+        from: "const BLOCK_K: u32 = 32u;", to: "const BLOCK_K: u32 = 64u;", found_by: Layer::Limits,
     },
     Fault {
         what: "one row more than there are", kernel: "linear_scalar", constants: &[SMALL, GELU_QUADS],

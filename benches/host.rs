@@ -1,0 +1,85 @@
+//! What a training step costs the host: whole steps on wgpu's no-op backend, whose device does nothing and takes no time.
+//!
+//! `cargo bench --bench host -- [CONFIG]`; without one, configs/shakespeare_char.toml. A GPU is kept waiting where it needs less
+//! than this for a step.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use burn::backend::DispatchDevice;
+use burn::tensor::Device;
+use burn_wgpu::WgpuSetup;
+use gpt_wgpu::config::Config;
+use gpt_wgpu::data::Batch;
+use gpt_wgpu::kernel::{self, Capabilities, Kernels, SUBGROUP_SIZE};
+use gpt_wgpu::model::Gpt;
+use gpt_wgpu::optim::Optimizer;
+use gpt_wgpu::train::{self, Step};
+
+const WARMUP: usize = 5;
+const STEPS: usize = 30;
+
+fn main() -> Result<()> {
+    let path = std::env::args().skip(1).find(|arg| arg != "--bench");
+    let path = path.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/configs/shakespeare_char.toml").into());
+    let config = Config::load(Path::new(&path))?;
+    kernel::choose(Kernels::Coop);
+    let device = noop()?.autodiff();
+    let vocabulary = if config.model.vocab_size == 0 { 65 } else { config.model.vocab_size };
+    let mut model = Gpt::init(&config.gpt(vocabulary), config.train.seed, &device);
+    let tokens = vec![0; config.data.batch_size * config.model.block_size];
+    let batch = train::upload(&Batch { x: tokens.clone(), y: tokens }, config.data.batch_size, &device);
+    let batch = |_| Ok(batch.clone());
+    let step = Step { config: &config, batch: &batch };
+    let (mut optimizer, mut position, mut samples) = (Optimizer::default(), 0, Vec::new());
+    for i in 0..WARMUP + STEPS {
+        let started = Instant::now();
+        let (updated, _) = step.run(model, &mut optimizer, &mut position, 1e-3)?;
+        model = updated;
+        device.sync().map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        if i >= WARMUP {
+            samples.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    samples.sort_by(f64::total_cmp);
+    println!(
+        "{path}: {:.2} ms of host time a step, median of {STEPS} ({:.2} to {:.2})",
+        samples[STEPS / 2],
+        samples[0],
+        samples[STEPS - 1]
+    );
+    Ok(())
+}
+
+/// wgpu's no-op device, with what an H200 can do: the same kernels are chosen and their text is checked.
+fn noop() -> Result<Device> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: wgpu::Backends::NOOP,
+        backend_options: wgpu::BackendOptions {
+            noop: wgpu::NoopBackendOptions { enable: true, ..Default::default() },
+            ..Default::default()
+        },
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    });
+    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::NOOP));
+    let adapter = adapters.into_iter().next().context("wgpu was built without its no-op backend")?;
+    let request = wgpu::DeviceDescriptor {
+        required_features: adapter.features() - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS,
+        // Its limits are no limits, and wgpu makes room for every bind group that there may be.
+        required_limits: wgpu::Limits { max_bind_groups: 4, ..adapter.limits() },
+        // SAFETY: nothing is executed.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+        ..Default::default()
+    };
+    let (device, queue) = pollster::block_on(adapter.request_device(&request))?;
+    let setup = WgpuSetup { backend: wgpu::Backend::Noop, instance, adapter, device, queue };
+    let device = Device::wgpu_options().setup(setup).init()?;
+    let DispatchDevice::Cube(cube) = device.as_dispatch() else {
+        bail!("Burn took the no-op device for something else");
+    };
+    let matrices = vec![(16, true)];
+    let capabilities = Capabilities { subgroup_size: Some(SUBGROUP_SIZE), matrices, f16: true, int64: true };
+    kernel::register(cube.clone(), capabilities);
+    Ok(device)
+}

@@ -54,6 +54,10 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     };
 
     let chosen = device::choose(config.train.device.parse()?)?;
+    ensure!(
+        !args.profile || chosen.adapter.is_some(),
+        "--profile takes the kernels of a GPU apart; the CPU has none of ours. --device chooses one"
+    );
     say(chosen.to_string());
     kernel::choose(config.train.kernels);
     if chosen.adapter.is_some() {

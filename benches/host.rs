@@ -37,7 +37,7 @@ fn main() -> Result<()> {
         let started = Instant::now();
         let (updated, _) = step.run(model, &mut optimizer, &mut position, 1e-3)?;
         model = updated;
-        device.sync().map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        gpt_wgpu::device::wait(&device)?;
         if i >= WARMUP {
             samples.push(started.elapsed().as_secs_f64() * 1e3);
         }

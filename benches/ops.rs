@@ -119,15 +119,14 @@ fn rows(device: &Device, shape: [usize; 4], dtype: DType) -> Result<()> {
 fn time_of(device: &Device, call: impl Fn() + Sync) -> Result<(f64, String)> {
     const ROUNDS: usize = 7;
     const CALLS: u32 = 5;
-    let sync = || device.sync().map_err(|e| anyhow::anyhow!("{e:?}"));
     call(); // compiles
-    sync()?;
+    device::wait(device)?;
     let (mut best, mut timer) = (f64::INFINITY, String::new());
     for _ in 0..ROUNDS {
         let round = || (0..CALLS).for_each(|_| call());
         let ((), profile) = device.profile(round).map_err(|e| anyhow::anyhow!("{e:?}"))?;
         let method = profile.timing_method();
-        sync()?;
+        device::wait(device)?;
         let ticks = pollster::block_on(profile.resolve()).context("the profile is empty")?;
         timer = format!("{method:?}").to_lowercase();
         best = best.min(ticks.duration().as_secs_f64() * 1e3 / f64::from(CALLS));

@@ -12,13 +12,13 @@ use anyhow::{Result, bail};
 use burn::tensor::{Int, Tensor};
 
 pub use energy::Meter;
-pub use peak::{Peak, bandwidth, matrix, published, wait};
+pub use peak::{Peak, bandwidth, matrix, published};
 
 use crate::checkpoint::read;
 use crate::config::Config;
 use crate::data::{Batch, Dataset, Split};
-use crate::device::{self, Chosen};
-use crate::kernel::{self, Kernels, Variant};
+use crate::device::{self, Chosen, wait};
+use crate::kernel::{self, Variant};
 use crate::model::{Gpt, GptConfig};
 use crate::ops::linear::Gelu;
 use crate::optim::{self, Optimizer};
@@ -165,10 +165,7 @@ fn tokens(bench: &Bench, position: u64, device: &burn::tensor::Device) -> Result
 
 /// The element type of the matrix products, and what it leaves out.
 fn products(chosen: &Chosen) -> (Dtype, Option<String>) {
-    let halves = |variant: &Variant| matches!(variant, Variant::Coop { f16: true, .. });
-    let supported = kernel::supported(&chosen.capabilities, false);
-    let coop = supported.iter().find(|variant| matches!(variant, Variant::Coop { .. }));
-    if kernel::choice() == Kernels::Coop && coop.is_some_and(halves) {
+    if kernel::chosen(&chosen.capabilities).is_some_and(Variant::rounds_f32) {
         let words = "f16 inputs and f32 sums where there are kernels on matrix units, else f32; f32 weights";
         return (Dtype::Fp16, Some(words.into()));
     }

@@ -312,6 +312,14 @@ fn auto() -> Result<Chosen> {
     Ok(cpu(&reason))
 }
 
+/// Waits until `device` has done everything that was queued.
+///
+/// # Errors
+/// When the device failed.
+pub fn wait(device: &Device) -> Result<()> {
+    device.sync().map_err(|error| anyhow!("the device failed: {error:?}"))
+}
+
 /// Whether the device that `spec` asks for is there, without opening it.
 ///
 /// # Errors

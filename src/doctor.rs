@@ -13,9 +13,9 @@ use serde::Serialize;
 
 use crate::bench;
 use crate::checkpoint::read;
-use crate::device::Chosen;
-use crate::kernel::{self, Kernels, Variant};
-use crate::ops::attention::tiles::{self, HEAD_DIMS, Pass};
+use crate::device::{Chosen, wait};
+use crate::kernel::{self, Capabilities, Kernels, Variant};
+use crate::ops;
 use crate::ops::linear::linear;
 use crate::twins::distance;
 
@@ -155,12 +155,12 @@ fn adapter(bed: &Bed) -> Result<Seen> {
     let Some(adapter) = &bed.chosen.adapter else {
         return Ok(Seen::good(bed.chosen.name.clone()));
     };
-    let mut memory = 0;
-    for pass in [Pass::Forward, Pass::Dq, Pass::Dkv] {
-        for head_dim in HEAD_DIMS {
-            let (kernel, _) = tiles::kernel(pass, Variant::Scalar, head_dim, false, true);
-            memory = memory.max(kernel.workgroup_memory().map_err(|error| anyhow!("a kernel is no WGSL: {error}"))?);
-        }
+    // Those without cooperative matrices: what every adapter must be able to run.
+    let (mut memory, mut threads) = (0, 0);
+    for kernel in ops::kernels(&Capabilities::default()) {
+        memory = memory.max(kernel.workgroup_memory().map_err(|error| anyhow!("a kernel is no WGSL: {error}"))?);
+        let (x, y, z) = kernel.workgroup();
+        threads = threads.max(x * y * z);
     }
     let limits = &adapter.limits;
     let told = format!(
@@ -174,7 +174,7 @@ fn adapter(bed: &Bed) -> Result<Seen> {
     );
     let lacking = [
         ("workgroup memory", u64::from(limits.workgroup_memory), u64::from(memory)),
-        ("workgroup size", u64::from(limits.workgroup_invocations), 256),
+        ("workgroup size", u64::from(limits.workgroup_invocations), u64::from(threads)),
         ("largest binding", limits.max_binding, 128 << 20),
     ];
     for (what, has, needs) in lacking {
@@ -195,7 +195,7 @@ fn timestamps(bed: &Bed) -> Result<Seen> {
     let ones = |_| Tensor::<2>::from_data(TensorData::new(vec![0.5f32; EDGE * EDGE], [EDGE, EDGE]), device);
     let [x, w] = [0, 1].map(ones);
     drop(linear(x.clone(), w.clone(), None)); // compiles
-    bench::wait(device)?;
+    wait(device)?;
     // Seconds by the device's clock and by the host's, fastest of three.
     let time = |calls: usize| -> Result<(f64, f64, bool)> {
         let (mut by_device, mut by_host, mut own) = (f64::INFINITY, f64::INFINITY, true);
@@ -204,7 +204,7 @@ fn timestamps(bed: &Bed) -> Result<Seen> {
             let work = || (0..calls).for_each(|_| drop(linear(x.clone(), w.clone(), None)));
             let ((), profile) = device.profile(work).map_err(|error| anyhow!("{error:?}"))?;
             own &= profile.timing_method() == TimingMethod::Device;
-            bench::wait(device)?;
+            wait(device)?;
             by_host = by_host.min(started.elapsed().as_secs_f64());
             let ticks = pollster::block_on(profile.resolve()).context("the device answered no timestamps")?;
             by_device = by_device.min(ticks.duration().as_secs_f64());

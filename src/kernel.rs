@@ -233,6 +233,11 @@ fn pick(choice: Kernels, supported: &[Variant], f16_storage: bool) -> Option<Var
     found.copied()
 }
 
+/// The variant that a device with these capabilities runs for f32 tensors under the user's choice; none: the composed version.
+pub fn chosen(capabilities: &Capabilities) -> Option<Variant> {
+    pick(choice(), &supported(capabilities, false), false)
+}
+
 /// The kernels that serve `tensor` under the user's choice; none: the composed version.
 pub fn variant(tensor: &CubeTensor) -> Option<Variant> {
     let f16 = match tensor.dtype {
@@ -245,8 +250,7 @@ pub fn variant(tensor: &CubeTensor) -> Option<Variant> {
 
 /// What will run on a device with these capabilities, for the line at start-up and for reports.
 pub fn describe(capabilities: &Capabilities) -> String {
-    let variant = pick(choice(), &supported(capabilities, false), false);
-    variant.map_or("Burn's own".to_string(), |variant| variant.to_string())
+    chosen(capabilities).map_or("Burn's own".to_string(), |variant| variant.to_string())
 }
 
 /// The devices that were opened, and the choice for this process.
@@ -315,6 +319,13 @@ impl CubeKernel for Kernel {
     fn source(&self) -> Option<cubecl::PrecompiledSource> {
         Some(cubecl::PrecompiledSource { source: self.text(), entrypoint_name: "main".into(), lang: "wgsl" })
     }
+}
+
+/// (rows, columns) of a tensor (..., columns) seen as a matrix.
+pub fn matrix(tensor: &CubeTensor) -> (usize, usize) {
+    let shape = tensor.meta.shape();
+    let columns = shape[shape.num_dims() - 1];
+    (shape.num_elements() / columns.max(1), columns)
 }
 
 /// A contiguous tensor of `tensor`'s type and device with undefined content.

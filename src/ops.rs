@@ -11,7 +11,8 @@ pub mod layer_norm;
 pub mod linear;
 
 use burn::backend::{Backend, Dispatch, ExtensionType, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::{Shape, Tensor};
+use burn::tensor::{DType, Shape, Tensor};
+use burn_cubecl::tensor::CubeTensor;
 
 use crate::kernel::{Capabilities, Kernel};
 
@@ -58,4 +59,12 @@ fn flatten<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
     let columns = shape[shape.num_dims() - 1];
     let rows = shape.num_elements() / columns.max(1);
     B::float_reshape(tensor, Shape::new([rows, columns]))
+}
+
+/// What the cooperative kernels multiply an f32 gradient by before they round it to f16, and divide out again in f32.
+///
+/// The loss is a mean over `rows` tokens, so a token's gradient is about 1 / rows: in f16 most of it would be lost below 6e-8,
+/// and training with it diverged. The next power of two undoes the mean and costs no bit. f16 tensors come scaled.
+fn gradient_scale(tensor: &CubeTensor, rows: usize) -> f32 {
+    if tensor.dtype == DType::F16 { 1.0 } else { rows.next_power_of_two() as f32 }
 }

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::checkpoint::{self, Checkpoint, State, read};
 use crate::config::Config;
 use crate::data::{Batch, Dataset, Split};
+use crate::device;
 use crate::metrics::{NANOGPT_PEAK, Record, Reporter};
 use crate::model::{Gpt, GptConfig};
 use crate::ops::dropout::Dropout;
@@ -68,11 +69,6 @@ pub struct Run<'a> {
 /// With --profile: the iterations, counted from the run's first, that are timed whole and taken apart.
 const TIMED: u64 = 9;
 const PROFILED: u64 = 10;
-
-/// Waits until the device has done everything that was queued.
-fn sync(device: &Device) -> Result<()> {
-    device.sync().map_err(|error| anyhow!("the device failed: {error:?}"))
-}
 
 /// Trains, and returns the model with how the run ended.
 ///
@@ -137,10 +133,10 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
             // The step before shows what one takes undisturbed; both wait for the device, and count in no time that is logged.
             TIMED if run.profile => {
                 timed.pause();
-                sync(run.device)?;
+                device::wait(run.device)?;
                 let started = Instant::now();
                 let stepped = advance(model)?;
-                sync(run.device)?;
+                device::wait(run.device)?;
                 undisturbed_ms = started.elapsed().as_secs_f64() * 1e3;
                 stepped
             }

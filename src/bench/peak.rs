@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::device::Chosen;
+use crate::device::{Chosen, wait};
 use crate::ops::linear::linear;
 use crate::report::Dtype;
 
@@ -24,14 +24,6 @@ const LONG: f64 = 0.1;
 /// Rounds, of which the fastest counts, and how long one lasts, s.
 const ROUNDS: usize = 5;
 const ROUND: f64 = 0.02;
-
-/// Waits until the device has done everything that was queued.
-///
-/// # Errors
-/// When the device failed.
-pub fn wait(device: &Device) -> Result<()> {
-    device.sync().map_err(|error| anyhow!("the device failed: {error:?}"))
-}
 
 /// The matrix peak in FLOP/s: the fastest of square products of growing size, made by the model's own linear layer.
 ///

@@ -19,6 +19,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use self::tiles::{HEAD_DIMS, Pass, Variant};
 use super::dropout::{Dropout, DropoutOps};
+use super::gradient_scale;
 use crate::kernel::{self, Work, fold};
 
 /// Added to the scores of the future. Finite: Metal compiles with fast math, under which infinities are not to be relied on.
@@ -161,21 +162,12 @@ fn variant(qkv: &CubeTensor, n_head: usize) -> Option<Variant> {
     Some(variant)
 }
 
-/// What the cooperative kernels multiply an f32 dout by before they round it to f16, and divide out again in f32.
-///
-/// The loss is a mean over B · T tokens, so a token's gradient is about 1 / (B T): in f16 most of it would be lost below
-/// 6e-8, and training with it diverged. The next power of two undoes the mean and costs no bit. f16 tensors come scaled.
-fn gradient_scale(qkv: &CubeTensor) -> f32 {
-    let [batch, time, _] = qkv.meta.shape().dims::<3>();
-    if qkv.dtype == DType::F16 { 1.0 } else { (batch * time).next_power_of_two() as f32 }
-}
-
 /// Sizes and dropout as the attention kernels' `Params`.
 fn params(qkv: &CubeTensor, n_head: usize, dropout: Dropout) -> Vec<u32> {
     let [batch, time, _] = qkv.meta.shape().dims::<3>();
     let mut params = vec![batch as u32, n_head as u32, time as u32, 0];
     params.extend(dropout.params());
-    params.extend([gradient_scale(qkv).to_bits(), 0]);
+    params.extend([gradient_scale(qkv, batch * time).to_bits(), 0]);
     params
 }
 

@@ -18,8 +18,8 @@ use std::ops::Range;
 use burn::tensor::{DType, Int, Shape, Slice, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
-use super::flatten;
 use super::linear::{product::Product, tiles::Layout};
+use super::{flatten, gradient_scale};
 use crate::kernel::{self, Kernel, Variant, fold};
 
 /// A target that does not count, as in PyTorch's and nanoGPT's `ignore_index=-1`.
@@ -229,7 +229,7 @@ fn fused(
         if let Some((dx, dw)) = gradients {
             // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
             let strides = [stride, channels, channels];
-            let scale = rows.next_power_of_two() as f32; // dlogits is about 1 / rows: see linear's gradient_scale
+            let scale = gradient_scale(&logits, rows);
             let product = Product::plain(Layout::Nn, &logits, w, here, channels, vocab);
             Product { strides, scale, ..product }.launch_tall(variant, &rows_of(dx, channels, &range), false);
             let product = Product::plain(Layout::Tn, &logits, &x, vocab, channels, here);

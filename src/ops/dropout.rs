@@ -14,7 +14,7 @@ use burn::backend::{
 use burn::tensor::{Tensor, TensorData};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous};
 
-use crate::kernel::{Kernel, PHILOX, empty_like, fold};
+use crate::kernel::{Kernel, PHILOX, empty_like, fold, matrix};
 use crate::rng::philox4x32;
 
 /// One place in the model, at one step, that drops elements.
@@ -118,9 +118,7 @@ impl DropoutOps for CubeBackend {
     fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
         let x = into_contiguous(x);
         let y = empty_like(&x);
-        let shape = x.meta.shape();
-        let columns = shape[shape.num_dims() - 1];
-        let rows = shape.num_elements() / columns.max(1);
+        let (rows, columns) = matrix(&x);
         let groups = (rows * columns.div_ceil(4)).div_ceil(256) as u32;
         let mut params = vec![rows as u32, columns as u32];
         params.extend(dropout.params());

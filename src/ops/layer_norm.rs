@@ -15,7 +15,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{Bias, flatten};
 use crate::kernel::lanes::{Lanes, serves};
-use crate::kernel::{Kernel, empty, empty_like, fold};
+use crate::kernel::{Kernel, empty, empty_like, fold, matrix};
 
 /// GPT-2's and nanoGPT's epsilon.
 pub const EPSILON: f64 = 1e-5;
@@ -142,13 +142,6 @@ pub fn kernels() -> Vec<Kernel> {
 
 /// Most workgroups of the backward: enough to fill a large GPU, few enough that their partial sums are small beside x.
 const BACKWARD_GROUPS: usize = 512;
-
-/// (rows, C) of a tensor seen as a matrix.
-fn matrix(x: &CubeTensor) -> (usize, usize) {
-    let shape = x.meta.shape();
-    let columns = shape[shape.num_dims() - 1];
-    (shape.num_elements() / columns.max(1), columns)
-}
 
 /// Queues the forward: x (..., C), w and b (C) -> y (..., C), mean and rstd (rows); all contiguous.
 ///

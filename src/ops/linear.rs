@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use self::product::{Product, sum_parts, sum_parts_kernel};
 use self::tiles::{Epilogue, Layout};
 use super::dropout::{Dropout, DropoutOps};
-use super::{Bias, flatten};
-use crate::kernel::{self, Capabilities, Kernel, Variant, fold};
+use super::{Bias, flatten, gradient_scale};
+use crate::kernel::{self, Capabilities, Kernel, Variant, fold, matrix};
 
 /// Which GELU: GPT-2 was trained with the tanh approximation, nanoGPT uses the exact one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -199,27 +199,12 @@ impl LinearOps for Flex {
     }
 }
 
-/// rows, K of a tensor (..., K).
-fn rows_and_columns(x: &CubeTensor) -> (usize, usize) {
-    let shape = x.meta.shape();
-    let columns = shape[shape.num_dims() - 1];
-    (shape.num_elements() / columns.max(1), columns)
-}
-
 /// A tensor (..., columns) with the leading dimensions of `like`.
 fn empty_with_columns(like: &CubeTensor, columns: usize) -> CubeTensor {
     let mut shape = like.meta.shape().clone();
     let last = shape.num_dims() - 1;
     shape[last] = columns;
     kernel::empty(like, shape)
-}
-
-/// What the cooperative kernels multiply an f32 gradient by before they round it to f16, and divide out again.
-///
-/// The loss is a mean over the rows, so a row's gradient is about 1 / rows, and much of it below what f16 can hold. The next
-/// power of two undoes the mean and costs no bit. f16 tensors come scaled.
-pub(super) fn gradient_scale(dy: &CubeTensor) -> f32 {
-    if dy.dtype == DType::F16 { 1.0 } else { rows_and_columns(dy).0.next_power_of_two() as f32 }
 }
 
 /// The type of a kernel's elements, as its header begins.
@@ -264,7 +249,7 @@ fn layer(
     extra: Option<&CubeTensor>,
     dropout: Dropout,
 ) -> CubeTensor {
-    let (w, (m, k)) = (into_contiguous(w), rows_and_columns(x));
+    let (w, (m, k)) = (into_contiguous(w), matrix(x));
     let n = w.meta.shape()[0];
     let bias = match b {
         Bias::Present(b) => Some(into_contiguous(b)),
@@ -290,10 +275,10 @@ impl LinearOps for CubeBackend {
             return composed_dx::<Self>(dy, w);
         };
         let (dy, w) = (into_contiguous(dy), into_contiguous(w));
-        let ((rows, outputs), inputs) = (rows_and_columns(&dy), w.meta.shape()[1]);
+        let ((rows, outputs), inputs) = (matrix(&dy), w.meta.shape()[1]);
         let dx = empty_with_columns(&dy, inputs);
         let product = Product::plain(Layout::Nn, &dy, &w, rows, inputs, outputs);
-        Product { scale: gradient_scale(&dy), ..product }.launch(variant, &dx);
+        Product { scale: gradient_scale(&dy, matrix(&dy).0), ..product }.launch(variant, &dx);
         dx
     }
 
@@ -302,10 +287,10 @@ impl LinearOps for CubeBackend {
             return composed_dw::<Self>(dy, x);
         };
         let (dy, x) = (into_contiguous(dy), into_contiguous(x));
-        let ((rows, outputs), (_, inputs)) = (rows_and_columns(&dy), rows_and_columns(&x));
+        let ((rows, outputs), (_, inputs)) = (matrix(&dy), matrix(&x));
         let dw = kernel::empty_of(&dy, Shape::new([outputs, inputs]), DType::F32);
         let product = Product::plain(Layout::Tn, &dy, &x, outputs, inputs, rows);
-        Product { scale: gradient_scale(&dy), ..product }.launch_tall(variant, &dw, false);
+        Product { scale: gradient_scale(&dy, matrix(&dy).0), ..product }.launch_tall(variant, &dw, false);
         dw
     }
 
@@ -314,7 +299,7 @@ impl LinearOps for CubeBackend {
             return composed_db::<Self>(dy);
         }
         let dy = into_contiguous(dy);
-        let (rows, columns) = rows_and_columns(&dy);
+        let (rows, columns) = matrix(&dy);
         let blocks = rows.div_ceil(BLOCK_ROWS);
         let parts = kernel::empty_of(&dy, Shape::new([blocks, columns]), DType::F32);
         let groups = blocks * columns.div_ceil(64);

@@ -3,12 +3,13 @@
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::tiles::{self, Epilogue, Layout, PROCESSORS, Ragged, Spec, Tile};
+use super::tiles::{self, Epilogue, Layout, Ragged, Spec, Tile};
 use crate::kernel::{self, Kernel, Variant, Work, fold};
 use crate::ops::dropout::Dropout;
 
-/// Workgroups that a large GPU wants at least: a tall K is split until there are as many.
-const ENOUGH_GROUPS: usize = 2 * PROCESSORS;
+/// Workgroups that a large GPU wants at least: a tall K is split until there are as many. Two for each of an H200's 132
+/// processors (wgpu does not tell a device's); a smaller GPU is full long before.
+const ENOUGH_GROUPS: usize = 2 * 132;
 
 /// Least steps over K that are worth a workgroup of their own.
 const LEAST_STEPS: usize = 8;

@@ -91,9 +91,6 @@ impl Tile {
     }
 }
 
-/// Processors of the largest GPU in mind, an H200: wgpu does not tell a device's. A smaller GPU is full long before.
-pub const PROCESSORS: usize = 132;
-
 /// The tile for a product of this shape. Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
 pub fn choose(variant: Variant, m: usize, n: usize) -> Tile {
     match variant {

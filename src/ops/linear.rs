@@ -278,7 +278,7 @@ impl LinearOps for CubeBackend {
         let ((rows, outputs), inputs) = (matrix(&dy), w.meta.shape()[1]);
         let dx = empty_with_columns(&dy, inputs);
         let product = Product::plain(Layout::Nn, &dy, &w, rows, inputs, outputs);
-        Product { scale: gradient_scale(&dy, matrix(&dy).0), ..product }.launch(variant, &dx);
+        Product { scale: gradient_scale(&dy, rows), ..product }.launch(variant, &dx);
         dx
     }
 
@@ -290,7 +290,7 @@ impl LinearOps for CubeBackend {
         let ((rows, outputs), (_, inputs)) = (matrix(&dy), matrix(&x));
         let dw = kernel::empty_of(&dy, Shape::new([outputs, inputs]), DType::F32);
         let product = Product::plain(Layout::Tn, &dy, &x, outputs, inputs, rows);
-        Product { scale: gradient_scale(&dy, matrix(&dy).0), ..product }.launch_tall(variant, &dw, false);
+        Product { scale: gradient_scale(&dy, rows), ..product }.launch_tall(variant, &dw, false);
         dw
     }
 

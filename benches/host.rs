@@ -15,6 +15,7 @@ use gpt_wgpu::data::Batch;
 use gpt_wgpu::kernel::{self, Capabilities, Kernels, SUBGROUP_SIZE};
 use gpt_wgpu::model::Gpt;
 use gpt_wgpu::optim::Optimizer;
+use gpt_wgpu::precision::Dtype;
 use gpt_wgpu::train::{self, Step};
 
 const WARMUP: usize = 5;
@@ -25,19 +26,22 @@ fn main() -> Result<()> {
     let path = path.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/configs/shakespeare_char.toml").into());
     let config = Config::load(Path::new(&path))?;
     kernel::choose(Kernels::Coop);
-    let device = noop()?.autodiff();
+    let inner = noop()?;
+    let device = inner.clone().autodiff();
     let vocabulary = if config.model.vocab_size == 0 { 65 } else { config.model.vocab_size };
+    let f16 = config.train.dtype != Dtype::F32;
     let mut model = Gpt::init(&config.gpt(vocabulary), config.train.seed, &device);
+    model.f16 = f16;
     let tokens = vec![0; config.data.batch_size * config.model.block_size];
     let batch = train::upload(&Batch { x: tokens.clone(), y: tokens }, config.data.batch_size, &device);
     let batch = |_| Ok(batch.clone());
     let step = Step { config: &config, batch: &batch };
-    let (mut optimizer, mut position, mut samples) = (Optimizer::default(), 0, Vec::new());
+    let (mut optimizer, mut position, mut samples) = (Optimizer::new(f16, &inner), 0, Vec::new());
     for i in 0..WARMUP + STEPS {
         let started = Instant::now();
         let (updated, _) = step.run(model, &mut optimizer, &mut position, 1e-3)?;
         model = updated;
-        gpt_wgpu::device::wait(&device)?;
+        gpt_wgpu::device::wait(&inner)?;
         if i >= WARMUP {
             samples.push(started.elapsed().as_secs_f64() * 1e3);
         }

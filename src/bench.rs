@@ -35,6 +35,8 @@ pub struct Bench<'a> {
     pub gpt: GptConfig,
     /// Where to compute.
     pub chosen: &'a Chosen,
+    /// Whether activations are f16, else f32.
+    pub f16: bool,
     /// The tokens; random ones without it, which changes the losses and not the times.
     pub data: Option<&'a Dataset>,
     /// Iterations before the first sample.
@@ -63,7 +65,8 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     let batch = |position: u64| -> Result<_> { Ok(batches[(position % BATCHES) as usize].clone()) };
     let step = Step { config, batch: &batch };
     let mut model = Gpt::init(&bench.gpt, config.train.seed, &device);
-    let (mut optimizer, mut position) = (Optimizer::default(), 0);
+    model.f16 = bench.f16;
+    let (mut optimizer, mut position) = (Optimizer::new(bench.f16, &chosen.device), 0);
     let (mut samples, mut losses) = (Vec::new(), Vec::new());
     let (mut first_step, mut memory) = (None, None);
     let mut meter = Meter::of(chosen);
@@ -73,19 +76,20 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
         }
         let started = Instant::now();
         let lr = optim::learning_rate(&config.optim, iter as u64);
-        let (updated, stepped) = step.run(model, &mut optimizer, &mut position, lr)?;
+        let (updated, loss_sum) = step.run(model, &mut optimizer, &mut position, lr)?;
         model = updated;
         wait(&chosen.device)?;
         let ms = started.elapsed().as_secs_f64() * 1e3;
         first_step.get_or_insert_with(|| bench.started.elapsed().as_secs_f64());
         if iter >= bench.warmup {
             samples.push(ms);
-            losses.extend(stepped.loss);
+            losses.push(loss_sum);
             memory = memory.max(chosen.device.memory_pool_usage().map(|usage| usage.bytes_reserved));
         }
     }
     let energy = meter.stop(bench.iters, config.tokens_per_iter());
-    let losses: Vec<f64> = read(Tensor::cat(losses, 0))?.into_iter().map(f64::from).collect();
+    let mean = |sum| f64::from(sum) / config.data.gradient_accumulation_steps as f64;
+    let losses: Vec<f64> = read(Tensor::cat(losses, 0))?.into_iter().map(mean).collect();
     if let Some(bad) = losses.iter().find(|loss| !loss.is_finite()) {
         bail!(
             "a loss is {bad}, so the times mean nothing; `gpt-wgpu doctor --device {}` looks for what is wrong",
@@ -93,7 +97,7 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
         );
     }
 
-    let (dtype, products) = products(chosen);
+    let (dtype, products) = products(bench);
     let shape = shape(config, &bench.gpt);
     let mut report =
         BenchReport::new(machine(), report_device(chosen), dtype, shape, bench.warmup, samples, Timer::Host);
@@ -101,7 +105,7 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     let mfu = |peak: Peak| Mfu { fraction: flops / peak.per_second, peak_flops: peak.per_second, how: peak.how };
     report.commit = option_env!("GPT_WGPU_COMMIT").map(String::from);
     report.products = products;
-    report.kernels = Some(kernels(chosen));
+    report.kernels = Some(kernels(bench));
     let peak = if bench.peak { Some(matrix(chosen)?) } else { None };
     let profile = if bench.ops && chosen.adapter.is_some() {
         let peaks = match &peak {
@@ -164,17 +168,20 @@ fn tokens(bench: &Bench, position: u64, device: &burn::tensor::Device) -> Result
 }
 
 /// The element type of the matrix products, and what it leaves out.
-fn products(chosen: &Chosen) -> (Dtype, Option<String>) {
-    if kernel::chosen(&chosen.capabilities).is_some_and(Variant::rounds_f32) {
-        let words = "f16 inputs and f32 sums where there are kernels on matrix units, else f32; f32 weights";
-        return (Dtype::Fp16, Some(words.into()));
-    }
-    (Dtype::Fp32, None)
+fn products(bench: &Bench) -> (Dtype, Option<String>) {
+    let words = if bench.f16 {
+        "f16 activations; f32 weights, sums, norms and loss"
+    } else if kernel::chosen(&bench.chosen.capabilities, false).is_some_and(Variant::rounds_f32) {
+        "f16 inputs and f32 sums where there are kernels on matrix units, else f32; f32 weights"
+    } else {
+        return (Dtype::Fp32, None);
+    };
+    (Dtype::Fp16, Some(words.into()))
 }
 
-fn kernels(chosen: &Chosen) -> String {
-    match chosen.adapter {
-        Some(_) => kernel::describe(&chosen.capabilities),
+fn kernels(bench: &Bench) -> String {
+    match bench.chosen.adapter {
+        Some(_) => kernel::describe(&bench.chosen.capabilities, bench.f16),
         None => "Burn's Flex backend".into(),
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! - `model.safetensors` and `config.json`: GPT-2's tensor names and layout, so that Hugging Face's GPT2LMHeadModel reads a
 //!   model with biases as it is (its Conv1D layers store matrices as (in, out), transposed from ours),
-//! - `optimizer.safetensors`: `m.NAME` and `v.NAME` in the model's own layout,
+//! - `optimizer.safetensors`: `m.NAME` and `v.NAME` in the model's own layout, and `memory`, what is remembered from step to
+//!   step (`ops::verdict::state`): the loss scale, the updates made, the last losses and norms,
 //! - `state.json`: step, data position, best loss, the resolved configuration,
 //! - `meta.json`: the dataset's tokenizer, where it has one.
 //!
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Config;
 use crate::model::{Gpt, GptConfig};
 use crate::ops::linear::Gelu;
+use crate::ops::verdict;
 use crate::optim::{Moments, Optimizer};
 use crate::parameters;
 
@@ -29,6 +31,7 @@ pub const VERSION: u32 = 1;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const MEMORY: &str = "memory";
 const STATE: &str = "state.json";
 const HF_CONFIG: &str = "config.json";
 /// The tokenizer's file, under the same name as in a dataset.
@@ -43,8 +46,9 @@ pub struct State {
     pub step: u64,
     /// Micro-batches drawn so far: the data position and the dropout generator's step.
     pub position: u64,
-    /// Updates made by the optimizer.
-    pub optimizer_step: u64,
+    /// Updates made by the optimizer, in checkpoints that have no `memory`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub optimizer_step: Option<u64>,
     /// Lowest validation loss so far, in nats.
     pub best_val_loss: Option<f64>,
     /// The model's shape.
@@ -145,6 +149,8 @@ fn write_files(dir: &Path, state: &State, model: &Gpt, optimizer: &Optimizer, to
             }
         }
     }
+    let memory = read(optimizer.memory.clone())?;
+    moments.insert(MEMORY.into(), (vec![memory.len()], memory));
     write_tensors(&dir.join(OPTIMIZER), moments, metadata)?;
     write_file(&dir.join(STATE), &serde_json::to_vec_pretty(state)?)?;
     write_file(&dir.join(HF_CONFIG), &serde_json::to_vec_pretty(&hf_config(&state.model))?)?;
@@ -290,17 +296,18 @@ impl Checkpoint {
         load_model(&self.dir.join(MODEL), &self.state.model, device)
     }
 
-    /// The optimizer with its moments, on `device` (without autodiff).
-    pub fn optimizer(&self, model: &Gpt, device: &Device) -> Result<Optimizer> {
+    /// The optimizer with its moments, for activations in f16 (or f32), on `device` (without autodiff).
+    pub fn optimizer(&self, model: &Gpt, f16: bool, device: &Device) -> Result<Optimizer> {
         let path = self.dir.join(OPTIMIZER);
         with_tensors(&path, |file| {
-            let mut load = LoadMoments {
-                file,
-                path: &path,
-                device,
-                optimizer: Optimizer { step: self.state.optimizer_step, moments: BTreeMap::new() },
-                error: None,
+            let memory = match file.tensor(MEMORY) {
+                Ok(_) => tensor_of(file, &path, MEMORY, &[verdict::state::SIZE])?,
+                Err(_) => verdict::first_state(1.0, self.state.optimizer_step.unwrap_or(0)),
             };
+            // Without an update so far there are no moments either.
+            let has_moments = file.names().iter().any(|name| name.starts_with("m."));
+            let optimizer = Optimizer::with_memory(memory, f16, device);
+            let mut load = LoadMoments { file, path: &path, device, optimizer, has_moments, error: None };
             parameters::visit(model, &mut load);
             match load.error {
                 Some(error) => Err(error),
@@ -407,13 +414,14 @@ struct LoadMoments<'a> {
     path: &'a Path,
     device: &'a Device,
     optimizer: Optimizer,
+    has_moments: bool,
     error: Option<anyhow::Error>,
 }
 
 impl parameters::Visit for LoadMoments<'_> {
     fn parameter<const D: usize>(&mut self, name: &str, tensor: &Tensor<D>) {
-        if self.optimizer.step == 0 {
-            return; // no update yet, no moments
+        if !self.has_moments {
+            return;
         }
         let moment = |prefix: &str| -> Result<Tensor<1>> {
             let name = format!("{prefix}.{name}");

@@ -11,6 +11,7 @@ use thiserror::Error;
 use crate::kernel::Kernels;
 use crate::model::GptConfig;
 use crate::ops::linear::Gelu;
+use crate::precision::Dtype;
 
 /// The configuration that bare `gpt-wgpu train` uses.
 pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
@@ -144,6 +145,9 @@ pub struct OptimConfig {
     /// Largest global gradient norm; 0 switches clipping off
     #[arg(long, default_value_t = Self::default().grad_clip)]
     pub grad_clip: f64,
+    /// Skip an update whose loss or gradient norm lies this many standard deviations over the last 128; 0 skips none (llm.c's rule)
+    #[arg(long, default_value_t = Self::default().skip_spike_sigma)]
+    pub skip_spike_sigma: f64,
 }
 
 impl Default for OptimConfig {
@@ -158,6 +162,7 @@ impl Default for OptimConfig {
             beta1: 0.9,
             beta2: 0.95,
             grad_clip: 1.0,
+            skip_spike_sigma: 0.0,
         }
     }
 }
@@ -176,6 +181,9 @@ pub struct TrainConfig {
     /// Kernels on a GPU: auto, composed (Burn primitives), scalar, or coop (cooperative matrices)
     #[arg(long, value_enum, default_value_t = Self::default().kernels)]
     pub kernels: Kernels,
+    /// Activations and products: f32, f16 (weights, sums and the loss stay f32), or auto (by device)
+    #[arg(long, value_enum, default_value_t = Self::default().dtype)]
+    pub dtype: Dtype,
     /// Start from: scratch, resume (the last checkpoint in out_dir), or a checkpoint's folder
     #[arg(long, default_value_t = Self::default().init_from)]
     pub init_from: String,
@@ -211,6 +219,7 @@ impl Default for TrainConfig {
             out_dir: "out".into(),
             device: "auto".into(),
             kernels: Kernels::Auto,
+            dtype: Dtype::Auto,
             init_from: "scratch".into(),
             seed: 1337,
             max_iters: 600_000,
@@ -341,7 +350,8 @@ impl Config {
         )?;
         let fraction = "it must be at least 0 and less than 1".to_string();
         check("dropout", dropout, (0.0..1.0).contains(&dropout), fraction.clone())?;
-        let OptimConfig { beta1, beta2, learning_rate, grad_clip, weight_decay, min_lr, .. } = self.optim;
+        let OptimConfig { beta1, beta2, learning_rate, grad_clip, weight_decay, min_lr, skip_spike_sigma, .. } =
+            self.optim;
         check("beta1", beta1, (0.0..1.0).contains(&beta1), fraction.clone())?;
         check("beta2", beta2, (0.0..1.0).contains(&beta2), fraction)?;
         for (key, value) in [
@@ -349,6 +359,7 @@ impl Config {
             ("min_lr", min_lr),
             ("grad_clip", grad_clip),
             ("weight_decay", weight_decay),
+            ("skip_spike_sigma", skip_spike_sigma),
         ] {
             let reason = "it must be a finite number, not negative".into();
             check(key, value, value >= 0.0 && value.is_finite(), reason)?;

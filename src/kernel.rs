@@ -233,9 +233,10 @@ fn pick(choice: Kernels, supported: &[Variant], f16_storage: bool) -> Option<Var
     found.copied()
 }
 
-/// The variant that a device with these capabilities runs for f32 tensors under the user's choice; none: the composed version.
-pub fn chosen(capabilities: &Capabilities) -> Option<Variant> {
-    pick(choice(), &supported(capabilities, false), false)
+/// The variant that a device with these capabilities runs for tensors of f16 (or f32) under the user's choice; none: the composed
+/// version.
+pub fn chosen(capabilities: &Capabilities, f16: bool) -> Option<Variant> {
+    pick(choice(), &supported(capabilities, f16), f16)
 }
 
 /// The kernels that serve `tensor` under the user's choice; none: the composed version.
@@ -249,8 +250,8 @@ pub fn variant(tensor: &CubeTensor) -> Option<Variant> {
 }
 
 /// What will run on a device with these capabilities, for the line at start-up and for reports.
-pub fn describe(capabilities: &Capabilities) -> String {
-    chosen(capabilities).map_or("Burn's own".to_string(), |variant| variant.to_string())
+pub fn describe(capabilities: &Capabilities, f16: bool) -> String {
+    chosen(capabilities, f16).map_or("Burn's own".to_string(), |variant| variant.to_string())
 }
 
 /// The devices that were opened, and the choice for this process.
@@ -342,6 +343,12 @@ pub fn empty(tensor: &CubeTensor, shape: burn::tensor::Shape) -> CubeTensor {
 pub fn empty_of(tensor: &CubeTensor, shape: burn::tensor::Shape, dtype: DType) -> CubeTensor {
     let buffer = tensor.client.empty(shape.num_elements() * dtype.size());
     CubeTensor::new_contiguous(tensor.client.clone(), tensor.device.clone(), shape, buffer, dtype)
+}
+
+/// A contiguous tensor of this content that nobody else sees: itself where that is so already.
+pub fn own(tensor: CubeTensor) -> CubeTensor {
+    let tensor = burn_cubecl::kernel::into_contiguous(tensor);
+    if tensor.can_mut() { tensor } else { tensor.copy() }
 }
 
 #[cfg(test)]

@@ -33,6 +33,8 @@ pub mod ops;
 pub mod optim;
 /// Walks over the model's parameters by name.
 pub mod parameters;
+/// The type of activations, and why.
+pub mod precision;
 /// Text files and downloads to token files.
 pub mod prepare;
 /// One step taken apart by kernel.

@@ -41,6 +41,12 @@ pub struct Record {
     /// Fraction of [`NANOGPT_PEAK`].
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub mfu: Option<f64>,
+    /// The next step's loss scale, with f16.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub loss_scale: Option<f64>,
+    /// Steps without an update so far, where there are any: a number that was not finite, or an outlier.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub skipped: Option<u64>,
     /// Bytes that the device's allocator holds, where it tells.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub device_memory_bytes: Option<u64>,

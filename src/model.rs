@@ -1,11 +1,12 @@
 //! GPT-2, with GPT-2's names: token and position embeddings, pre-norm blocks of attention and MLP, a tied head.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::ops::attention::causal_attention;
-use crate::ops::cross_entropy::cross_entropy;
+use crate::ops::cast::to_f16;
+use crate::ops::cross_entropy::{cross_entropy, cross_entropy_scaled};
 use crate::ops::dropout::Dropout;
 use crate::ops::embedding::embedding;
 use crate::ops::layer_norm::layer_norm;
@@ -117,6 +118,9 @@ pub struct Gpt {
     /// What the tensors were made from.
     #[module(skip)]
     pub config: GptConfig,
+    /// Whether activations are f16 (docs/precision.md), else f32. The weights are f32 either way.
+    #[module(skip)]
+    pub f16: bool,
 }
 
 impl LayerNorm {
@@ -130,6 +134,12 @@ impl LayerNorm {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         layer_norm(x, self.weight.val(), value(&self.bias)) // (B, T, C)
     }
+}
+
+/// A weight for products with `x`, in x's type.
+fn weight_for<const D: usize>(weight: &Param<Tensor<2>>, x: &Tensor<D>) -> Tensor<2> {
+    let weight = weight.val();
+    if x.dtype() == DType::F16 { to_f16(weight) } else { weight }
 }
 
 impl Linear {
@@ -164,12 +174,14 @@ impl Block {
     fn forward(&self, x: Tensor<3>, config: &GptConfig, dropout: Dropout, site: u32) -> Tensor<3> {
         let (attn, mlp) = (&self.attn, &self.mlp);
         let normed = self.ln_1.forward(x.clone());
-        let qkv = linear(normed, attn.c_attn.weight.val(), value(&attn.c_attn.bias)); // (B, T, 3C)
+        let [qkv, out, up, down] =
+            [&attn.c_attn, &attn.c_proj, &mlp.c_fc, &mlp.c_proj].map(|linear| weight_for(&linear.weight, &x));
+        let qkv = linear(normed, qkv, value(&attn.c_attn.bias)); // (B, T, 3C)
         let heads = causal_attention(qkv, config.n_head, dropout.at(site)); // (B, T, C)
-        let x = linear_residual(heads, attn.c_proj.weight.val(), value(&attn.c_proj.bias), x, dropout.at(site + 1)); // (B, T, C)
+        let x = linear_residual(heads, out, value(&attn.c_proj.bias), x, dropout.at(site + 1)); // (B, T, C)
         let normed = self.ln_2.forward(x.clone());
-        let hidden = linear_gelu(normed, mlp.c_fc.weight.val(), value(&mlp.c_fc.bias), config.gelu); // (B, T, 4C)
-        linear_residual(hidden, mlp.c_proj.weight.val(), value(&mlp.c_proj.bias), x, dropout.at(site + 2)) // (B, T, C)
+        let hidden = linear_gelu(normed, up, value(&mlp.c_fc.bias), config.gelu); // (B, T, 4C)
+        linear_residual(hidden, down, value(&mlp.c_proj.bias), x, dropout.at(site + 2)) // (B, T, C)
     }
 }
 
@@ -187,12 +199,14 @@ impl Gpt {
             h: (0..config.n_layer).map(|_| Block::init(config, &mut normal)).collect(),
             ln_f: LayerNorm::init(config.n_embd, config.bias, device),
             config: *config,
+            f16: false,
         }
     }
 
     /// The last block's normed output for tokens (B, T), T <= block_size -> (B, T, C).
     pub fn hidden(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<3> {
-        let mut x = embedding(tokens, self.wte.weight.val(), self.wpe.weight.val(), dropout.at(rng::site::DROPOUT)); // (B, T, C)
+        let (wte, wpe) = (self.wte.weight.val(), self.wpe.weight.val());
+        let mut x = embedding(tokens, wte, wpe, dropout.at(rng::site::DROPOUT), self.f16); // (B, T, C)
         let mut site = rng::site::DROPOUT + 1;
         for block in &self.h {
             x = block.forward(x, &self.config, dropout, site);
@@ -203,21 +217,41 @@ impl Gpt {
 
     /// Mean cross-entropy in nats of tokens (B, T) against targets (B, T), -1 being ignored -> (1).
     pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>, dropout: Dropout) -> Tensor<1> {
-        cross_entropy(self.hidden(tokens, dropout), self.wte.weight.val(), targets)
+        let x = self.hidden(tokens, dropout);
+        let head = weight_for(&self.wte.weight, &x);
+        cross_entropy(x, head, targets)
     }
 
-    /// Logits of every position: tokens (B, T) -> (B, T, V).
+    /// As [`Gpt::loss`] of one of `parts` micro-batches: its gradients are multiplied by the first element of `scale`, the
+    /// loss scale, and divided by `parts`.
+    pub fn scaled_loss(
+        &self,
+        tokens: Tensor<2, Int>,
+        targets: Tensor<2, Int>,
+        dropout: Dropout,
+        scale: Tensor<1>,
+        parts: usize,
+    ) -> Tensor<1> {
+        let x = self.hidden(tokens, dropout);
+        let head = weight_for(&self.wte.weight, &x);
+        cross_entropy_scaled(x, head, targets, Some(scale), parts)
+    }
+
+    /// Logits of every position: tokens (B, T) -> (B, T, V) f32.
     pub fn logits(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
-        linear(self.hidden(tokens, Dropout::OFF), self.wte.weight.val(), None)
+        let x = self.hidden(tokens, Dropout::OFF);
+        let head = weight_for(&self.wte.weight, &x);
+        linear(x, head, None).cast(DType::F32)
     }
 
-    /// Logits of the last position only: tokens (B, T) -> (B, V).
+    /// Logits of the last position only: tokens (B, T) -> (B, V) f32.
     pub fn last_logits(&self, tokens: Tensor<2, Int>) -> Tensor<2> {
         let [batch, time] = tokens.dims();
         let channels = self.config.n_embd;
         let last =
             self.hidden(tokens, Dropout::OFF).slice([0..batch, time - 1..time, 0..channels]).reshape([batch, channels]);
-        linear(last, self.wte.weight.val(), None)
+        let head = weight_for(&self.wte.weight, &last);
+        linear(last, head, None).cast(DType::F32)
     }
 }
 

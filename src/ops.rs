@@ -4,13 +4,18 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod cast;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
 pub mod layer_norm;
 pub mod linear;
+pub mod verdict;
 
-use burn::backend::{Backend, Dispatch, ExtensionType, TensorMetadata, tensor::FloatTensor};
+use burn::backend::{
+    Autodiff, Backend, Dispatch, ExtensionType, TensorMetadata, autodiff::checkpoint::strategy::CheckpointStrategy,
+    tensor::FloatTensor,
+};
 use burn::tensor::{DType, Shape, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 
@@ -24,12 +29,15 @@ pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
         attention::tiles::kernels(capabilities),
         linear::kernels(capabilities),
         dropout::kernels(),
+        cast::kernels(),
         layer_norm::kernels(),
         embedding::kernels(),
         adamw::kernels(),
+        vec![verdict::kernel()],
         cross_entropy::kernels(),
     ]
     .concat();
+    kernels.retain(|kernel| capabilities.f16 || !kernel.header().contains("enable f16;"));
     if capabilities.int64 {
         let texts = kernels.iter().map(|kernel| (kernel.text(), kernel.clone().with_int64(true)));
         let others: Vec<_> = texts.filter(|(text, other)| *text != other.text()).map(|(_, other)| other).collect();
@@ -38,18 +46,28 @@ pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
     kernels
 }
 
-/// A bias (N) that a layer may be without.
+/// A tensor that an operation may be without, as a bias.
 #[derive(ExtensionType, Clone, Debug)]
-pub enum Bias<B: Backend> {
-    /// The layer has none.
+pub enum Optional<B: Backend> {
+    /// There is none.
     Absent,
-    /// (N).
+    /// The tensor.
     Present(FloatTensor<B>),
 }
 
-impl Bias<Dispatch> {
-    fn of(bias: Option<Tensor<1>>) -> Self {
-        bias.map_or(Self::Absent, |bias| Self::Present(bias.into_dispatch()))
+impl Optional<Dispatch> {
+    fn of<const D: usize>(tensor: Option<Tensor<D>>) -> Self {
+        tensor.map_or(Self::Absent, |tensor| Self::Present(tensor.into_dispatch()))
+    }
+}
+
+impl<B: Backend, C: CheckpointStrategy> Optional<Autodiff<B, C>> {
+    /// The tensor of the backend below.
+    fn inner(&self) -> Optional<B> {
+        match self {
+            Self::Absent => Optional::Absent,
+            Self::Present(tensor) => Optional::Present(tensor.primitive().clone()),
+        }
     }
 }
 

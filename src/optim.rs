@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Gradients, Tensor};
+use anyhow::Result;
+use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
+use crate::checkpoint::read;
 use crate::config::OptimConfig;
 use crate::model::Gpt;
-use crate::ops::adamw::{AdamW, adamw, global_norm};
+use crate::ops::adamw::{AdamW, adamw, square_sums};
+use crate::ops::verdict::{self, Rules};
 use crate::parameters;
 
 /// A parameter's GPT-2 name, such as `h.0.attn.c_attn.weight`.
@@ -42,12 +45,33 @@ pub struct Moments {
 }
 
 /// The optimizer's state: what a checkpoint keeps of it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Optimizer {
-    /// Updates made so far.
-    pub step: u64,
     /// By parameter name.
     pub moments: BTreeMap<Name, Moments>,
+    /// What the verdicts on steps remember ([`verdict::state`]), on the device: the loss scale first.
+    pub memory: Tensor<1>,
+    /// Whether the loss scale moves: with f16.
+    dynamic_scale: bool,
+}
+
+/// What the last step was, read from the device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LastStep {
+    /// Mean loss over its tokens, in nats.
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Whether the update was made.
+    pub applied: bool,
+    /// The next step's loss scale.
+    pub loss_scale: f64,
+    /// Updates made so far.
+    pub updates: u64,
+    /// Steps skipped so far because a number was not finite.
+    pub overflows: u64,
+    /// Steps skipped so far as outliers.
+    pub spikes: u64,
 }
 
 /// Gradients of one step by parameter name, flattened and summed over its micro-steps.
@@ -70,22 +94,74 @@ impl GradientSum {
 }
 
 impl Optimizer {
-    /// Applies one update and returns the model and the gradient's norm before clipping, (1), still on the device.
+    /// Before the first step on `device` (without autodiff), for activations in f16 (or f32).
+    pub fn new(f16: bool, device: &Device) -> Self {
+        Self::with_memory(verdict::first_state(1.0, 0), f16, device)
+    }
+
+    /// With what the verdicts of earlier steps remember, and no moments yet. A loss scale that is no loss scale for
+    /// activations in f16 (or f32) becomes one.
+    pub fn with_memory(mut memory: Vec<f32>, f16: bool, device: &Device) -> Self {
+        let scale = &mut memory[verdict::state::LOSS_SCALE];
+        match (f16, *scale == 1.0) {
+            (true, true) => *scale = verdict::FIRST_SCALE,
+            (false, false) => *scale = 1.0,
+            _ => {}
+        }
+        let memory = Tensor::from_data(TensorData::new(memory, [verdict::state::SIZE]), device);
+        Self { moments: BTreeMap::new(), memory, dynamic_scale: f16 }
+    }
+
+    /// Queues one update from the gradients and the `loss_sum` (1) of `parts` micro-batches, and returns the model.
     ///
-    /// The gradients are scaled by min(1, grad_clip / (norm + 1e-6)) as PyTorch does; `grad_clip` 0 switches that off.
+    /// The gradients are divided by the loss scale and multiplied by min(1, grad_clip / (norm + 1e-6)) as PyTorch does;
+    /// `grad_clip` 0 switches that off. Where the loss or the norm is not finite, or an outlier by `skip_spike_sigma`, nothing
+    /// changes but the loss scale; the device decides, and nobody waits.
     pub fn step(
         &mut self,
         model: Gpt,
         gradients: GradientSum,
+        (loss_sum, parts): (Tensor<1>, usize),
         config: &OptimConfig,
         lr: f64,
-    ) -> (Gpt, Option<Tensor<1>>) {
-        let Some((norm, scale)) = global_norm(gradients.sum.values(), config.grad_clip) else {
-            return (model, None);
+    ) -> Gpt {
+        let Some(sums) = square_sums(gradients.sum.values()) else {
+            return model;
         };
-        self.step += 1;
-        let mut update = Update { optimizer: self, gradients, config, lr, scale };
-        (parameters::map(model, &mut update), Some(norm))
+        let rules = Rules {
+            grad_clip: config.grad_clip,
+            lr,
+            beta1: config.beta1,
+            beta2: config.beta2,
+            dynamic_scale: self.dynamic_scale,
+            skip_spike_sigma: config.skip_spike_sigma,
+            parts,
+        };
+        // Moved out, so that nobody else holds it and it is rewritten in place.
+        let memory = std::mem::replace(&mut self.memory, loss_sum.clone());
+        let (memory, verdict) = verdict::verdict(sums, loss_sum, memory, rules);
+        self.memory = memory;
+        let mut update = Update { optimizer: self, gradients, config, lr, verdict };
+        parameters::map(model, &mut update)
+    }
+
+    /// What the last step was. Waits for the device.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn last_step(&self) -> Result<LastStep> {
+        use verdict::state::{APPLIED, LOSS, LOSS_SCALE, NORM, OVERFLOWS, SPIKES, UPDATES};
+        let memory = read(self.memory.clone())?;
+        let number = |place: usize| f64::from(memory[place]);
+        Ok(LastStep {
+            loss: number(LOSS),
+            grad_norm: number(NORM),
+            applied: number(APPLIED) != 0.0,
+            loss_scale: number(LOSS_SCALE),
+            updates: number(UPDATES) as u64,
+            overflows: number(OVERFLOWS) as u64,
+            spikes: number(SPIKES) as u64,
+        })
     }
 }
 
@@ -115,7 +191,7 @@ struct Update<'a> {
     gradients: GradientSum,
     config: &'a OptimConfig,
     lr: f64,
-    scale: Tensor<1>,
+    verdict: Tensor<1>,
 }
 
 impl parameters::Map for Update<'_> {
@@ -129,13 +205,12 @@ impl parameters::Map for Update<'_> {
             beta2: self.config.beta2,
             eps: EPSILON,
             weight_decay: if decays(D) { self.config.weight_decay } else { 0.0 },
-            step: self.optimizer.step,
         };
         let shape = tensor.shape();
         let p = tensor.inner().flatten::<1>(0, D - 1);
         let moments = self.optimizer.moments.remove(name);
         let Moments { m, v } = moments.unwrap_or_else(|| Moments { m: p.zeros_like(), v: p.zeros_like() });
-        let (p, m, v) = adamw(p, gradient, m, v, self.scale.clone(), hyper);
+        let (p, m, v) = adamw(p, gradient, m, v, self.verdict.clone(), hyper);
         self.optimizer.moments.insert(name.to_string(), Moments { m, v });
         Tensor::<D>::from_inner(p.reshape(shape)).require_grad()
     }

@@ -15,7 +15,8 @@ use crate::device;
 use crate::metrics::{NANOGPT_PEAK, Record, Reporter};
 use crate::model::{Gpt, GptConfig};
 use crate::ops::dropout::Dropout;
-use crate::optim::{self, GradientSum, Optimizer};
+use crate::ops::verdict;
+use crate::optim::{self, GradientSum, LastStep, Optimizer};
 use crate::profile;
 
 /// What a run starts from.
@@ -58,6 +59,8 @@ pub struct Run<'a> {
     pub tokenizer: Option<PathBuf>,
     /// What to start from.
     pub start: Start,
+    /// Whether activations are f16, else f32.
+    pub f16: bool,
     /// Prints nothing but errors.
     pub quiet: bool,
     /// Takes one step apart and prints what its kernels cost.
@@ -76,7 +79,7 @@ const PROFILED: u64 = 10;
 /// When a file cannot be written, the data is bad, the device fails, or the loss is no longer finite.
 pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
     let device = run.device.clone().autodiff();
-    let (mut model, mut optimizer, mut state) = begin(config, run.start, &device)?;
+    let (mut model, mut optimizer, mut state) = begin(config, run.start, run.f16, &device)?;
     let out_dir = &config.train.out_dir;
     let max_iters = config.train.max_iters;
     let flops_per_iter = model.config.flops_per_token() * config.tokens_per_iter() as f64;
@@ -129,26 +132,25 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
         }
 
         let mut advance = |model| step.run(model, &mut optimizer, &mut state.position, lr);
-        let (updated, stepped) = match iter - first_iter {
+        model = match iter - first_iter {
             // The step before shows what one takes undisturbed; both wait for the device, and count in no time that is logged.
             TIMED if run.profile => {
                 timed.pause();
                 device::wait(run.device)?;
                 let started = Instant::now();
-                let stepped = advance(model)?;
+                let (updated, _) = advance(model)?;
                 device::wait(run.device)?;
                 undisturbed_ms = started.elapsed().as_secs_f64() * 1e3;
-                stepped
+                updated
             }
             PROFILED if run.profile => {
                 let (stepped, profile) = profile::of(undisturbed_ms, None, || advance(model));
                 report.line(&profile.to_string());
                 timed.resume();
-                stepped?
+                stepped?.0
             }
-            _ => advance(model)?,
+            _ => advance(model)?.0,
         };
-        model = updated;
         state.step += 1;
         timed.iters += 1;
 
@@ -156,14 +158,15 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
         let last = state.step > max_iters;
         if iter.is_multiple_of(config.train.log_interval) || last || stopping {
             // The one place where the host waits for the device.
-            let loss = scalar(stepped.loss)?;
-            let grad_norm = scalar(stepped.norm)?;
+            let last_step = optimizer.last_step()?;
+            let LastStep { loss, grad_norm, .. } = last_step;
             let ms = timed.lap();
             let tokens_per_s = config.tokens_per_iter() as f64 / ms * 1e3;
             let mfu = flops_per_iter / (ms / 1e3) / NANOGPT_PEAK;
             report.line(&format!(
-                "iter {iter}: loss {loss:.4}, time {ms:.2}ms, mfu {:.2}%, {tokens_per_s:.0} tok/s",
-                mfu * 100.0
+                "iter {iter}: loss {loss:.4}, time {ms:.2}ms, mfu {:.2}%, {tokens_per_s:.0} tok/s{}",
+                mfu * 100.0,
+                skipped(&last_step)
             ));
             report.progress(state.step, Some(format!("loss {loss:.4}")));
             report.record(&Record {
@@ -174,11 +177,16 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
                 ms: Some(ms),
                 tokens_per_s: Some(tokens_per_s),
                 mfu: Some(mfu),
+                loss_scale: run.f16.then_some(last_step.loss_scale),
+                skipped: Some(last_step.overflows + last_step.spikes).filter(|&count| count > 0),
                 device_memory_bytes: run.device.memory_pool_usage().map(|usage| usage.bytes_reserved),
                 ..Record::default()
             })?;
             finite(loss, "loss", iter, config)?;
-            finite(grad_norm, "gradient norm", iter, config)?;
+            // With a loss scale an overflow of the gradients is its business, down to the smallest scale.
+            if !run.f16 || last_step.loss_scale <= f64::from(verdict::SCALES.0) {
+                finite(grad_norm, "gradient norm", iter, config)?;
+            }
         } else {
             report.progress(state.step, None);
         }
@@ -199,30 +207,23 @@ pub struct Step<'a> {
     pub batch: &'a dyn Fn(u64) -> Result<(Tensor<2, Int>, Tensor<2, Int>)>,
 }
 
-/// What an iteration leaves on the device, to be read when it is wanted: reading waits.
-pub struct Stepped {
-    /// Mean loss over the iteration's tokens in nats, (1).
-    pub loss: Option<Tensor<1>>,
-    /// Global gradient norm before clipping, (1).
-    pub norm: Option<Tensor<1>>,
-}
-
 impl Step<'_> {
     /// Forward and backward of every micro-batch from `position` on, which moves behind them; clip; AdamW. Queues the work
-    /// and waits for nothing.
+    /// and waits for nothing. Returns the model and, still on the device, the sum of the micro-batches' losses in nats, (1).
     ///
     /// # Errors
     /// When there is no batch.
-    pub fn run(&self, model: Gpt, optimizer: &mut Optimizer, position: &mut u64, lr: f64) -> Result<(Gpt, Stepped)> {
-        let accumulation = self.config.data.gradient_accumulation_steps;
+    pub fn run(&self, model: Gpt, optimizer: &mut Optimizer, position: &mut u64, lr: f64) -> Result<(Gpt, Tensor<1>)> {
+        let parts = self.config.data.gradient_accumulation_steps;
         let (seed, probability) = (self.config.train.seed, self.config.model.dropout as f32);
         let mut gradients = GradientSum::default();
         let mut loss_sum: Option<Tensor<1>> = None;
-        for _ in 0..accumulation {
+        for _ in 0..parts {
             let (tokens, targets) = (self.batch)(*position)?;
             let dropout = Dropout { probability, seed, step: *position as u32, site: 0 };
             *position += 1;
-            let loss = model.loss(tokens, targets, dropout) / accumulation as f64;
+            // The gradients come multiplied by the loss scale and divided by the number of micro-batches.
+            let loss = model.scaled_loss(tokens, targets, dropout, Tensor::from_inner(optimizer.memory.clone()), parts);
             gradients.add(&model, &mut loss.backward());
             let loss = loss.inner();
             loss_sum = Some(match loss_sum {
@@ -230,34 +231,38 @@ impl Step<'_> {
                 None => loss,
             });
         }
-        let (model, norm) = optimizer.step(model, gradients, &self.config.optim, lr);
-        Ok((model, Stepped { loss: loss_sum, norm }))
+        let Some(loss_sum) = loss_sum else {
+            bail!("gradient_accumulation_steps is 0; it must be at least 1");
+        };
+        let model = optimizer.step(model, gradients, (loss_sum.clone(), parts), &self.config.optim, lr);
+        Ok((model, loss_sum))
     }
 }
 
 /// Model, optimizer and state before the first iteration.
-fn begin(config: &Config, start: Start, device: &Device) -> Result<(Gpt, Optimizer, State)> {
+fn begin(config: &Config, start: Start, f16: bool, device: &Device) -> Result<(Gpt, Optimizer, State)> {
+    let inner = device.clone().without_autodiff();
     let new_state = |model: GptConfig| State {
         version: checkpoint::VERSION,
         step: 0,
         position: 0,
-        optimizer_step: 0,
+        optimizer_step: None,
         best_val_loss: None,
         model,
         config: config.clone(),
     };
-    Ok(match start {
+    let (mut model, optimizer, state) = match start {
         Start::Scratch(gpt) => {
             let model = Gpt::init(&gpt, config.train.seed, device);
-            (model, Optimizer::default(), new_state(gpt))
+            (model, Optimizer::new(f16, &inner), new_state(gpt))
         }
         Start::Weights(model) => {
             let gpt = model.config;
-            (*model, Optimizer::default(), new_state(gpt))
+            (*model, Optimizer::new(f16, &inner), new_state(gpt))
         }
         Start::Resume(checkpoint) => {
             let model = checkpoint.model(device)?;
-            let optimizer = checkpoint.optimizer(&model, &device.clone().without_autodiff())?;
+            let optimizer = checkpoint.optimizer(&model, f16, &inner)?;
             let state = State { config: config.clone(), ..checkpoint.state };
             ensure!(
                 state.step <= config.train.max_iters,
@@ -268,7 +273,25 @@ fn begin(config: &Config, start: Start, device: &Device) -> Result<(Gpt, Optimiz
             );
             (model, optimizer, state)
         }
-    })
+    };
+    model.f16 = f16;
+    Ok((model, optimizer, state))
+}
+
+/// What the log line says of steps without an update.
+fn skipped(last_step: &LastStep) -> String {
+    let LastStep { overflows, spikes, loss_scale, applied, .. } = *last_step;
+    let mut words = String::new();
+    if overflows > 0 {
+        words += &format!(", {overflows} skipped as not finite (loss scale {loss_scale})");
+    }
+    if spikes > 0 {
+        words += &format!(", {spikes} skipped as outliers");
+    }
+    if !applied && !words.is_empty() {
+        words += ", this one too";
+    }
+    words
 }
 
 /// Mean loss in nats over eval_iters random batches of train and of val, without dropout.
@@ -306,13 +329,6 @@ pub fn upload(batch: &Batch, batch_size: usize, device: &Device) -> (Tensor<2, I
     (tensor(&batch.x), tensor(&batch.y))
 }
 
-fn scalar(tensor: Option<Tensor<1>>) -> Result<f64> {
-    match tensor {
-        Some(tensor) => Ok(read(tensor)?.first().copied().map_or(f64::NAN, f64::from)),
-        None => Ok(f64::NAN),
-    }
-}
-
 /// Stops a run whose numbers are no longer numbers.
 fn finite(value: f64, what: &str, iter: u64, config: &Config) -> Result<()> {
     if value.is_finite() {
@@ -337,8 +353,7 @@ fn save(
 ) -> Result<()> {
     let dir = checkpoint::path(&state.config.train.out_dir, name);
     let started = Instant::now();
-    let state = State { optimizer_step: optimizer.step, ..state.clone() };
-    checkpoint::save(&dir, &state, model, optimizer, tokenizer)?;
+    checkpoint::save(&dir, state, model, optimizer, tokenizer)?;
     let seconds = started.elapsed().as_secs_f64();
     report.line(&format!("saving checkpoint to {} ({seconds:.1}s)", dir.display()));
     Ok(())

@@ -177,9 +177,15 @@ fn mask(rows: usize, columns: usize, dropout: Dropout) -> Vec<f64> {
     dropout.factors(rows, columns).into_iter().map(f64::from).collect()
 }
 
-/// One AdamW step of p, m and v in place; `scale` multiplies the gradient.
-pub fn adamw(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, hyper: AdamW) {
-    let AdamW { lr, beta1, beta2, eps, weight_decay, step } = hyper;
+/// The verdict that lets AdamW make its `step`-th update, with `factor` on the gradient.
+pub fn verdict(factor: f64, hyper: AdamW, step: u64) -> [f64; 4] {
+    let [correction1, correction2] = [hyper.beta1, hyper.beta2].map(|beta| 1.0 - beta.powi(step as i32));
+    [factor, 1.0, hyper.lr / correction1, 1.0 / correction2.sqrt()]
+}
+
+/// AdamW's `step`-th step, counted from 1, of p, m and v in place; `scale` multiplies the gradient.
+pub fn adamw(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, hyper: AdamW, step: u64) {
+    let AdamW { lr, beta1, beta2, eps, weight_decay } = hyper;
     for i in 0..p.len() {
         let g = g[i] * scale;
         m[i] = beta1 * m[i] + (1.0 - beta1) * g;

@@ -1,12 +1,12 @@
 // Losses of some rows of logits, and the logits' gradient in their place. One workgroup handles one row.
 //
 //     loss = log(sum(exp(logits))) - logits[target]          0 where the target is ignored
-//     dlogits = (softmax(logits) - onehot(target)) / count   0 there, and in the row's padding
+//     dlogits = (softmax(logits) - onehot(target)) * weight  0 there, and in the row's padding
 //
-// Header: GRADIENT (bool): whether the logits are replaced.
+// Header: elem, f32 or f16: the logits and their gradient; GRADIENT (bool): whether the logits are replaced.
 // Workgroup: 256. Grid: rows workgroups, folded into (x, y) when over 65535.
-// Bindings: 0 logits (rows, stride); 1 targets (all rows) i32, -1 is ignored; 2 losses (all rows) f32, written;
-// 3 count (1) f32, of all rows; 4 params.
+// Bindings: 0 logits (rows, stride) elem; 1 targets (all rows) i32, -1 is ignored; 2 losses (all rows) f32, written;
+// 3 count (2) f32: of all rows, and the weight of each; 4 params.
 
 struct Params {
     rows: u32,
@@ -17,7 +17,7 @@ struct Params {
 
 const THREADS: u32 = 256u;
 
-@group(0) @binding(0) var<storage, read_write> logits: array<vec4<f32>>;
+@group(0) @binding(0) var<storage, read_write> logits: array<vec4<elem>>;
 @group(0) @binding(1) var<storage, read_write> targets: array<i32>;
 @group(0) @binding(2) var<storage, read_write> losses: array<f32>;
 @group(0) @binding(3) var<storage, read_write> count: array<f32>;
@@ -49,7 +49,7 @@ fn main(
     var maximum = MASKED;
     var sum = 0.0;
     for (var quad = thread; quad < quads; quad += THREADS) {
-        let values = select(vec4<f32>(MASKED), logits[base + quad], columns_of(quad) < vec4<u32>(params.vocab));
+        let values = select(vec4<f32>(MASKED), vec4<f32>(logits[base + quad]), columns_of(quad) < vec4<u32>(params.vocab));
         let larger = max(maximum, max(max(values.x, values.y), max(values.z, values.w)));
         sum = sum * exp(maximum - larger) + dot(exp(values - larger), vec4<f32>(1.0));
         maximum = larger;
@@ -76,18 +76,19 @@ fn main(
     if (thread == 0u) {
         var loss = 0.0;
         if (counts) {
-            loss = row_maximum + log(row_sum) - logits[base + u32(target_column) / 4u][u32(target_column) % 4u];
+            loss = row_maximum + log(row_sum) - f32(logits[base + u32(target_column) / 4u][u32(target_column) % 4u]);
         }
         losses[params.first_row + row] = loss;
     }
     if (GRADIENT) {
         storageBarrier(); // thread 0 has read the target's logit before anyone replaces it
-        let weight = select(0.0, 1.0 / count[0], counts);
+        let weight = select(0.0, count[1], counts);
         for (var quad = thread; quad < quads; quad += THREADS) {
             let columns = columns_of(quad);
-            let softmax = exp(logits[base + quad] - row_maximum) / row_sum;
+            let softmax = exp(vec4<f32>(logits[base + quad]) - row_maximum) / row_sum;
             let gradient = softmax - select(vec4<f32>(), vec4<f32>(1.0), columns == vec4<u32>(u32(target_column)));
-            logits[base + quad] = select(vec4<f32>(), weight * gradient, columns < vec4<u32>(params.vocab));
+            let inside = columns < vec4<u32>(params.vocab);
+            logits[base + quad] = vec4<elem>(select(vec4<f32>(), weight * gradient, inside));
         }
     }
 }

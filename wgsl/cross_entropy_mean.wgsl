@@ -1,7 +1,7 @@
 // loss = the sum of losses (rows) / count. One workgroup in all: a fixed order of sums.
 //
 // Workgroup: 256. Grid: 1.
-// Bindings: 0 losses (rows) f32; 1 count (1) f32; 2 loss (1) f32, written; 3 params.
+// Bindings: 0 losses (rows) f32; 1 count (2) f32, of which the first counts; 2 loss (1) f32, written; 3 params.
 
 struct Params {
     rows: u32,

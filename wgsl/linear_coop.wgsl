@@ -6,7 +6,7 @@
 //     the sums pass through the subgroup's scratch, EDGE rows at a time, to the epilogue
 // The tiles keep the order of storage; a matrix is loaded by rows or by columns to suit.
 //
-// Header (beside it philox, gelu, linear_params, linear_quads or _singles, linear_bias, linear_epilogue, linear_coop_memory):
+// Header (beside it philox, gelu, linear_params, linear_quads, _octs or _singles, linear_bias, an epilogue, linear_coop_memory):
 //     enable f16 (unless everything is f32); enable wgpu_cooperative_matrix
 //     mat_elem            f16, or f32 where the matrices have it: what is multiplied; sums are f32
 //     mat_a, mat_b        coop_matNxN<mat_elem, A> and <mat_elem, B>
@@ -15,7 +15,7 @@
 //     SUBGROUP_SIZE       exact (32)
 //     SUBGROUP_ROWS, SUBGROUP_COLS   subgroups of the workgroup over BLOCK_M and BLOCK_N, at least 2 in all
 //     BLOCK_M, BLOCK_N    1, 2 or 4 * EDGE a subgroup (rows: 3 too)
-//     BLOCK_K             a multiple of EDGE; at most 16 quads of A and of B a thread
+//     BLOCK_K             a multiple of EDGE; at most 8 packs of A and of B a thread
 //     A_BY_K, B_BY_N      bool: A is stored (K, M), else (M, K); B is stored (N, K), else (K, N)
 //     RAGGED      bool: whether M or N is no multiple of BLOCK_M or BLOCK_N
 //     K_RAGGED    bool: whether K is no multiple of BLOCK_K
@@ -26,11 +26,11 @@
 const THREADS: u32 = SUBGROUP_ROWS * SUBGROUP_COLS * SUBGROUP_SIZE;
 const ROW_TILES: u32 = BLOCK_M / SUBGROUP_ROWS / EDGE;
 const COL_TILES: u32 = BLOCK_N / SUBGROUP_COLS / EDGE;
-// A "quad" is four neighbours that move as one vec4.
-const A_ROW_QUADS: u32 = select(BLOCK_K, BLOCK_M, A_BY_K) / 4u; // of a row of the tile as stored
-const B_ROW_QUADS: u32 = select(BLOCK_N, BLOCK_K, B_BY_N) / 4u;
-const A_STEPS: u32 = BLOCK_M * BLOCK_K / 4u / THREADS; // quads that a thread moves
-const B_STEPS: u32 = BLOCK_N * BLOCK_K / 4u / THREADS;
+// A "pack" is PACK neighbours in storage that move at once, a "quad" four neighbours in a vec4.
+const A_ROW_PACKS: u32 = select(BLOCK_K, BLOCK_M, A_BY_K) / PACK; // of a row of the tile as stored
+const B_ROW_PACKS: u32 = select(BLOCK_N, BLOCK_K, B_BY_N) / PACK;
+const A_STEPS: u32 = BLOCK_M * BLOCK_K / PACK / THREADS; // packs that a thread moves
+const B_STEPS: u32 = BLOCK_N * BLOCK_K / PACK / THREADS;
 // Scratch: SCRATCH_TILES matrices side by side for each subgroup.
 const SCRATCH_TILES: u32 = min(select(1u, 2u, SUBGROUP_ROWS * SUBGROUP_COLS <= 4u), COL_TILES);
 const SCRATCH_COLS: u32 = SCRATCH_TILES * EDGE;
@@ -52,89 +52,92 @@ var<workgroup> scratch: array<f32, SUBGROUP_ROWS * SUBGROUP_COLS * SUBGROUP_SCRA
 // unroll nested loops, and an array that it cannot index by constants leaves the registers (measured: six times slower).
 var<private> sums: array<mat_c, ROW_TILES * COL_TILES>;
 var<private> left: array<mat_a, ROW_TILES>;
-var<private> next_a: array<vec4<a_elem>, A_STEPS>;
-var<private> next_b: array<vec4<b_elem>, B_STEPS>;
+var<private> next_a: array<a_pack, A_STEPS>;
+var<private> next_b: array<b_pack, B_STEPS>;
 var<private> tile_row: u32; // the subgroup's place in the block
 var<private> tile_col: u32;
 
-// One quad of the tile of A that begins at first_k -> registers. Rows beyond the matrix repeat its last; k beyond the end
+// One pack of the tile of A that begins at first_k -> registers. Rows beyond the matrix repeat its last; k beyond the end
 // counts 0 in A, so what it meets in B only has to be a number, which the padding of a row need not be.
 fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
     let index = thread + i * THREADS;
-    let row = index / A_ROW_QUADS;
-    let col = index % A_ROW_QUADS * 4u;
+    let row = index / A_ROW_PACKS;
+    let col = index % A_ROW_PACKS * PACK;
     if (A_BY_K) {
         let k = first_k + row;
-        next_a[i] = load_a(row_of_k(k) * params.a_stride + quad_of_m(place.first_row + col));
+        next_a[i] = load_a(row_of_k(k) * params.a_stride + pack_of_m(place.first_row + col));
         if (K_RAGGED) {
-            next_a[i] = select(vec4<a_elem>(), next_a[i], vec4<bool>(k < place.end_k));
+            next_a[i] = first_of_a(next_a[i], select(0u, PACK, k < place.end_k));
         }
     } else {
         let k = first_k + col;
-        next_a[i] = load_a(row_of_m(place.first_row + row) * params.a_stride + quad_of_k(k));
+        next_a[i] = load_a(row_of_m(place.first_row + row) * params.a_stride + pack_of_k(k));
         if (K_RAGGED) {
-            next_a[i] = select(vec4<a_elem>(), next_a[i], k + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(place.end_k));
+            next_a[i] = first_of_a(next_a[i], max(k, place.end_k) - k);
         }
     }
 }
 
 fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
     let index = thread + i * THREADS;
-    let row = index / B_ROW_QUADS;
-    let col = index % B_ROW_QUADS * 4u;
+    let row = index / B_ROW_PACKS;
+    let col = index % B_ROW_PACKS * PACK;
     if (B_BY_N) {
-        next_b[i] = load_b(row_of_n(place.first_col + row) * params.b_stride + quad_of_k(first_k + col));
+        let k = first_k + col;
+        next_b[i] = load_b(row_of_n(place.first_col + row) * params.b_stride + pack_of_k(k));
         if (K_RAGGED) {
-            let inside = first_k + col + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(params.k);
-            next_b[i] = select(vec4<b_elem>(), next_b[i], inside);
+            next_b[i] = first_of_b(next_b[i], max(k, params.k) - k);
         }
     } else {
-        next_b[i] = load_b(row_of_k(first_k + row) * params.b_stride + quad_of_n(place.first_col + col));
+        next_b[i] = load_b(row_of_k(first_k + row) * params.b_stride + pack_of_n(place.first_col + col));
     }
+}
+
+fn rounded_a(value: vec4<f32>) -> vec4<mat_elem> {
+    if (A_SCALED) {
+        return vec4<mat_elem>(value * params.a_scale);
+    }
+    return vec4<mat_elem>(value);
 }
 
 fn stage_a(i: u32, thread: u32) {
     let index = thread + i * THREADS;
-    var value = vec4<mat_elem>(next_a[i]);
-    if (A_SCALED) {
-        value = vec4<mat_elem>(vec4<f32>(next_a[i]) * params.a_scale);
+    let place = index / A_ROW_PACKS * A_PITCH + index % A_ROW_PACKS * PACK / SLOT;
+    store_a(place, rounded_a(quad_of_a(next_a[i], 0u)));
+    if (PACK > 4u) {
+        store_a(place + 4u / SLOT, rounded_a(quad_of_a(next_a[i], 1u)));
     }
-    store_a(index / A_ROW_QUADS * A_PITCH + index % A_ROW_QUADS * 4u / PACK, value);
 }
 
 fn stage_b(i: u32, thread: u32) {
     let index = thread + i * THREADS;
-    store_b(index / B_ROW_QUADS * B_PITCH + index % B_ROW_QUADS * 4u / PACK, vec4<mat_elem>(next_b[i]));
+    let place = index / B_ROW_PACKS * B_PITCH + index % B_ROW_PACKS * PACK / SLOT;
+    store_b(place, vec4<mat_elem>(quad_of_b(next_b[i], 0u)));
+    if (PACK > 4u) {
+        store_b(place + 4u / SLOT, vec4<mat_elem>(quad_of_b(next_b[i], 1u)));
+    }
 }
 
 fn fetch(place: Place, first_k: u32, thread: u32) {
     for (var i = 0u; i < min(4u, A_STEPS); i++) { fetch_a(i, place, first_k, thread); }
-    for (var i = 4u; i < min(8u, A_STEPS); i++) { fetch_a(i, place, first_k, thread); }
-    for (var i = 8u; i < min(12u, A_STEPS); i++) { fetch_a(i, place, first_k, thread); }
-    for (var i = 12u; i < A_STEPS; i++) { fetch_a(i, place, first_k, thread); }
+    for (var i = 4u; i < A_STEPS; i++) { fetch_a(i, place, first_k, thread); }
     for (var i = 0u; i < min(4u, B_STEPS); i++) { fetch_b(i, place, first_k, thread); }
-    for (var i = 4u; i < min(8u, B_STEPS); i++) { fetch_b(i, place, first_k, thread); }
-    for (var i = 8u; i < min(12u, B_STEPS); i++) { fetch_b(i, place, first_k, thread); }
-    for (var i = 12u; i < B_STEPS; i++) { fetch_b(i, place, first_k, thread); }
+    for (var i = 4u; i < B_STEPS; i++) { fetch_b(i, place, first_k, thread); }
 }
 
 fn stage(thread: u32) {
     for (var i = 0u; i < min(4u, A_STEPS); i++) { stage_a(i, thread); }
-    for (var i = 4u; i < min(8u, A_STEPS); i++) { stage_a(i, thread); }
-    for (var i = 8u; i < min(12u, A_STEPS); i++) { stage_a(i, thread); }
-    for (var i = 12u; i < A_STEPS; i++) { stage_a(i, thread); }
+    for (var i = 4u; i < A_STEPS; i++) { stage_a(i, thread); }
     for (var i = 0u; i < min(4u, B_STEPS); i++) { stage_b(i, thread); }
-    for (var i = 4u; i < min(8u, B_STEPS); i++) { stage_b(i, thread); }
-    for (var i = 8u; i < min(12u, B_STEPS); i++) { stage_b(i, thread); }
-    for (var i = 12u; i < B_STEPS; i++) { stage_b(i, thread); }
+    for (var i = 4u; i < B_STEPS; i++) { stage_b(i, thread); }
 }
 
 fn load_left(i: u32, k: u32) {
     let row = tile_row + i * EDGE;
     if (A_BY_K) {
-        left[i] = coopLoad<mat_a>(&tile_a[k * A_PITCH + row / PACK], A_PITCH);
+        left[i] = coopLoad<mat_a>(&tile_a[k * A_PITCH + row / SLOT], A_PITCH);
     } else {
-        left[i] = coopLoadT<mat_a>(&tile_a[row * A_PITCH + k / PACK], A_PITCH);
+        left[i] = coopLoadT<mat_a>(&tile_a[row * A_PITCH + k / SLOT], A_PITCH);
     }
 }
 
@@ -143,9 +146,9 @@ fn multiply_column(j: u32, k: u32) {
     let col = tile_col + j * EDGE;
     var right: mat_b;
     if (B_BY_N) {
-        right = coopLoad<mat_b>(&tile_b[col * B_PITCH + k / PACK], B_PITCH);
+        right = coopLoad<mat_b>(&tile_b[col * B_PITCH + k / SLOT], B_PITCH);
     } else {
-        right = coopLoadT<mat_b>(&tile_b[k * B_PITCH + col / PACK], B_PITCH);
+        right = coopLoadT<mat_b>(&tile_b[k * B_PITCH + col / SLOT], B_PITCH);
     }
     sums[j] = coopMultiplyAdd(left[0], right, sums[j]);
     if (ROW_TILES > 1u) { sums[R1 * COL_TILES + j] = coopMultiplyAdd(left[R1], right, sums[R1 * COL_TILES + j]); }

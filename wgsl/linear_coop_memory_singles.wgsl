@@ -1,9 +1,9 @@
 // The workgroup memory of linear_coop.wgsl in single elements: Metal's simdgroup_load wants a pointer to the matrix's
 // element type. linear_coop_memory_quads.wgsl is the other form.
 //
-// A place in a tile and its pitch count PACK elements. Rows are padded by 8 elements against bank conflicts.
+// A place in a tile and its pitch count SLOT elements. Rows are padded by 8 elements against bank conflicts.
 
-const PACK: u32 = 1u;
+const SLOT: u32 = 1u;
 const A_PITCH: u32 = select(BLOCK_K, BLOCK_M, A_BY_K) + 8u;
 const B_PITCH: u32 = select(BLOCK_N, BLOCK_K, B_BY_N) + 8u;
 

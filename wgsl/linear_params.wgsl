@@ -68,10 +68,11 @@ fn place_of(index: u32) -> Place {
     );
 }
 
-// A row, or the first of four columns, that exists; the identity where nothing is ragged.
+// A row, or the first element of a pack (PACK neighbours, from linear_quads, _octs or _singles), that exists; the identity
+// where nothing is ragged.
 fn row_of_m(m: u32) -> u32 { return select(m, min(m, params.m - 1u), RAGGED); }
 fn row_of_n(n: u32) -> u32 { return select(n, min(n, params.n - 1u), RAGGED); }
 fn row_of_k(k: u32) -> u32 { return select(k, min(k, params.k - 1u), K_RAGGED); }
-fn quad_of_m(m: u32) -> u32 { return select(m, min(m, (params.m - 1u) / 4u * 4u), RAGGED); }
-fn quad_of_n(n: u32) -> u32 { return select(n, min(n, (params.n - 1u) / 4u * 4u), RAGGED); }
-fn quad_of_k(k: u32) -> u32 { return select(k, min(k, (params.k - 1u) / 4u * 4u), K_RAGGED); }
+fn pack_of_m(m: u32) -> u32 { return select(m, min(m, (params.m - 1u) / PACK * PACK), RAGGED); }
+fn pack_of_n(n: u32) -> u32 { return select(n, min(n, (params.n - 1u) / PACK * PACK), RAGGED); }
+fn pack_of_k(k: u32) -> u32 { return select(k, min(k, (params.k - 1u) / PACK * PACK), K_RAGGED); }

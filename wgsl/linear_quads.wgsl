@@ -1,5 +1,6 @@
 // How the linear_* kernels reach storage: four neighbours at a time, where every row begins at a multiple of four.
-// linear_singles.wgsl is the same for rows of any length. Indices count elements.
+// linear_singles.wgsl is the same for rows of any length, linear_octs.wgsl faster for f16. Indices count elements. Prepend
+// linear_pack4.wgsl.
 //
 // Expects from the header: a_elem, b_elem, out_elem (f32 or f16).
 // Bindings: 0 a, 1 b, 2 out.
@@ -8,11 +9,11 @@
 @group(0) @binding(1) var<storage, read_write> b: array<vec4<b_elem>>;
 @group(0) @binding(2) var<storage, read_write> out: array<vec4<out_elem>>;
 
-fn load_a(index: u32) -> vec4<a_elem> {
+fn load_a(index: u32) -> a_pack {
     return a[index / 4u];
 }
 
-fn load_b(index: u32) -> vec4<b_elem> {
+fn load_b(index: u32) -> b_pack {
     return b[index / 4u];
 }
 

@@ -62,16 +62,18 @@ fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
     let col = index % A_ROW_QUADS * 4u;
     if (A_BY_K) {
         let k = first_k + row;
-        next_a[i] = vec4<f32>(load_a(row_of_k(k) * params.a_stride + quad_of_m(place.first_row + col)));
+        var pack = load_a(row_of_k(k) * params.a_stride + pack_of_m(place.first_row + col));
         if (K_RAGGED) {
-            next_a[i] = select(vec4<f32>(), next_a[i], vec4<bool>(k < place.end_k));
+            pack = first_of_a(pack, select(0u, PACK, k < place.end_k));
         }
+        next_a[i] = quad_of_a(pack, 0u);
     } else {
         let k = first_k + col;
-        next_a[i] = vec4<f32>(load_a(row_of_m(place.first_row + row) * params.a_stride + quad_of_k(k)));
+        var pack = load_a(row_of_m(place.first_row + row) * params.a_stride + pack_of_k(k));
         if (K_RAGGED) {
-            next_a[i] = select(vec4<f32>(), next_a[i], k + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(place.end_k));
+            pack = first_of_a(pack, max(k, place.end_k) - k);
         }
+        next_a[i] = quad_of_a(pack, 0u);
     }
 }
 
@@ -80,13 +82,14 @@ fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
     let row = index / B_ROW_QUADS;
     let col = index % B_ROW_QUADS * 4u;
     if (B_BY_N) {
-        next_b[i] = vec4<f32>(load_b(row_of_n(place.first_col + row) * params.b_stride + quad_of_k(first_k + col)));
+        let k = first_k + col;
+        var pack = load_b(row_of_n(place.first_col + row) * params.b_stride + pack_of_k(k));
         if (K_RAGGED) {
-            let inside = first_k + col + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(params.k);
-            next_b[i] = select(vec4<f32>(), next_b[i], inside);
+            pack = first_of_b(pack, max(k, params.k) - k);
         }
+        next_b[i] = quad_of_b(pack, 0u);
     } else {
-        next_b[i] = vec4<f32>(load_b(row_of_k(first_k + row) * params.b_stride + quad_of_n(place.first_col + col)));
+        next_b[i] = quad_of_b(load_b(row_of_k(first_k + row) * params.b_stride + pack_of_n(place.first_col + col)), 0u);
     }
 }
 

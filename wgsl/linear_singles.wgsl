@@ -1,5 +1,5 @@
 // How the linear_* kernels reach storage: one element at a time, for rows of any length.
-// linear_quads.wgsl is the faster form of this. Indices count elements.
+// linear_quads.wgsl is the faster form of this. Indices count elements. Prepend linear_pack4.wgsl.
 //
 // Expects from the header: a_elem, b_elem, out_elem (f32 or f16).
 // Bindings: 0 a, 1 b, 2 out.
@@ -9,15 +9,15 @@
 @group(0) @binding(2) var<storage, read_write> out: array<out_elem>;
 
 // Four neighbours; beyond the matrix's end its last element stands in. What reaches over a row's end is masked later.
-fn load_a(index: u32) -> vec4<a_elem> {
+fn load_a(index: u32) -> a_pack {
     let last = params.a_last;
-    return vec4<a_elem>(
+    return a_pack(
         a[min(index, last)], a[min(index + 1u, last)], a[min(index + 2u, last)], a[min(index + 3u, last)]);
 }
 
-fn load_b(index: u32) -> vec4<b_elem> {
+fn load_b(index: u32) -> b_pack {
     let last = params.b_last;
-    return vec4<b_elem>(
+    return b_pack(
         b[min(index, last)], b[min(index + 1u, last)], b[min(index + 2u, last)], b[min(index + 3u, last)]);
 }
 

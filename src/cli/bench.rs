@@ -63,17 +63,20 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
     let chosen = device::choose(config.train.device.parse()?)?;
     ensure!(!args.ops || chosen.adapter.is_some(), "--ops takes kernels of a GPU apart; the CPU has none of ours");
     kernel::choose(config.train.kernels);
+    let precision = config.train.dtype.resolve(&chosen, config.train.kernels)?;
     let mut stdout = std::io::stdout(); // a closed pipe (`| head`) is no error
     let _ = writeln!(stdout, "{chosen}");
     if chosen.adapter.is_some() {
-        let _ = writeln!(stdout, "kernels: {}", kernel::describe(&chosen.capabilities));
+        let _ = writeln!(stdout, "kernels: {}", kernel::describe(&chosen.capabilities, precision.f16));
     }
+    let _ = writeln!(stdout, "{precision}");
     let data = dataset(&config)?;
     let gpt = config.gpt(data.as_ref().map_or_else(|| vocabulary(&config), |data| Ok(data.vocab_size()))?);
     let (report, profile) = bench::run(&Bench {
         config: &config,
         gpt,
         chosen: &chosen,
+        f16: precision.f16,
         data: data.as_ref(),
         warmup: args.warmup,
         iters: args.iters,

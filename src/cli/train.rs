@@ -60,9 +60,11 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     );
     say(chosen.to_string());
     kernel::choose(config.train.kernels);
+    let precision = config.train.dtype.resolve(&chosen, config.train.kernels)?;
     if chosen.adapter.is_some() {
-        say(format!("kernels: {}", kernel::describe(&chosen.capabilities)));
+        say(format!("kernels: {}", kernel::describe(&chosen.capabilities, precision.f16)));
     }
+    say(precision.to_string());
     let bare = args.config.is_none() && !given(matches, "dataset") && resumed.is_none();
     let dir = dataset(&mut config, bare, args.quiet)?;
     let start = known_start(&config, resumed, &chosen)?;
@@ -94,6 +96,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
             data: &data,
             tokenizer: Some(dir.join(checkpoint::META)),
             start: start.unwrap_or(Start::Scratch(gpt)),
+            f16: precision.f16,
             quiet: args.quiet,
             profile: args.profile,
             stop: stop_flag()?,

@@ -186,7 +186,7 @@ fn embeddings(bed: &Bed) -> Result<Seen> {
     let dx = random.take(batch * s.time * s.channels);
     let tokens: Vec<i32> = (0..batch * s.time).map(|i| (i * i % s.vocab) as i32).collect(); // some occur twice
     let (tt, pt) = (bed.leaf(&wte, [s.vocab, s.channels]), bed.leaf(&wpe, [s.block_size, s.channels]));
-    let x = embedding(bed.integers(&tokens, [batch, s.time]), tt.clone(), pt.clone(), DROPOUT);
+    let x = embedding(bed.integers(&tokens, [batch, s.time]), tt.clone(), pt.clone(), DROPOUT, false);
     let value = bed.distance(x.clone().inner(), &twins::embedding(&tokens, &wte, &wpe, s, DROPOUT))?;
     let gradients = bed.backward(x, &dx);
     let [dwte, dwpe] = twins::embedding_backward(&dx, &tokens, s, DROPOUT);
@@ -216,12 +216,13 @@ fn masks(bed: &Bed) -> Result<Seen> {
 
 fn updates(bed: &Bed) -> Result<Seen> {
     let count = 1003;
-    let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 3 };
+    let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
     let mut random = Values::new(count);
     let [mut p, g, mut m] = [count; 3].map(|count| random.take(count));
     let mut v: Vec<f64> = random.take(count).iter().map(|value| f64::from((value * value) as f32)).collect();
     let tensor = |values: &[f64]| bed.tensor(values, [count]);
-    let (new_p, new_m, new_v) = adamw(tensor(&p), tensor(&g), tensor(&m), tensor(&v), bed.tensor(&[0.5], [1]), hyper);
-    twins::adamw(&mut p, &g, &mut m, &mut v, 0.5, hyper);
+    let (new_p, new_m, new_v) =
+        adamw(tensor(&p), tensor(&g), tensor(&m), tensor(&v), bed.tensor(&twins::verdict(0.5, hyper, 3), [4]), hyper);
+    twins::adamw(&mut p, &g, &mut m, &mut v, 0.5, hyper, 3);
     Ok(bed.worst(&[bed.distance(new_p, &p)?, bed.distance(new_m, &m)?, bed.distance(new_v, &v)?]))
 }

@@ -43,7 +43,7 @@ fn run(device: &Device) -> Result<Vec<f64>> {
     config.data.gradient_accumulation_steps = 2;
     config.optim.learning_rate = 3e-3;
     config.optim.decay_lr = false;
-    let device = device.clone().autodiff();
+    let (inner, device) = (device, device.clone().autodiff());
     let (batch_size, time) = (config.data.batch_size, config.model.block_size);
     let batch = |position: u64| -> Result<_> {
         let x: Vec<i32> = (0..batch_size * time).map(|i| ((i * 7 + position as usize) % VOCABULARY) as i32).collect();
@@ -52,12 +52,13 @@ fn run(device: &Device) -> Result<Vec<f64>> {
     };
     let step = Step { config: &config, batch: &batch };
     let mut model = Gpt::init(&config.gpt(VOCABULARY), config.train.seed, &device);
-    let (mut optimizer, mut position, mut losses) = (Optimizer::default(), 0, Vec::new());
+    let (mut optimizer, mut position, mut losses) = (Optimizer::new(false, inner), 0, Vec::new());
     for iter in 0..STEPS {
         let lr = optim::learning_rate(&config.optim, iter);
-        let (updated, stepped) = step.run(model, &mut optimizer, &mut position, lr)?;
+        let (updated, loss_sum) = step.run(model, &mut optimizer, &mut position, lr)?;
         model = updated;
-        losses.extend(stepped.loss);
+        losses.push(loss_sum);
     }
-    Ok(read(Tensor::cat(losses, 0))?.into_iter().map(f64::from).collect())
+    let mean = |sum| f64::from(sum) / config.data.gradient_accumulation_steps as f64;
+    Ok(read(Tensor::cat(losses, 0))?.into_iter().map(mean).collect())
 }

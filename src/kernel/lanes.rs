@@ -53,8 +53,8 @@ pub fn serves(tensor: &CubeTensor, case: Result<(), &str>) -> bool {
     }
     let refusal = match case {
         Err(refusal) => refusal,
-        Ok(()) if tensor.dtype == DType::F32 => return true,
-        Ok(()) => "tensors that are not f32",
+        Ok(()) if matches!(tensor.dtype, DType::F32 | DType::F16) => return true,
+        Ok(()) => "tensors that are neither f32 nor f16",
     };
     ONCE.call_once(|| tracing::warn!("no kernel of ours for {refusal}: composed instead"));
     false

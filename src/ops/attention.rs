@@ -12,9 +12,10 @@ use burn::backend::{
         ops::{Backward, Ops, OpsKind},
     },
     backend_extension,
+    ops::FloatTensorOps,
     tensor::{Device, FloatTensor},
 };
-use burn::tensor::{DType, Shape, Slice, Tensor, TensorData};
+use burn::tensor::{DType, FloatDType, Shape, Slice, Tensor, TensorData};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use self::tiles::{HEAD_DIMS, Pass, Variant};
@@ -215,7 +216,10 @@ impl AttentionOps for CubeBackend {
         dropout: Dropout,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let Some(variant) = variant(&qkv, n_head) else {
-            return composed_forward::<Self>(qkv, n_head, dropout);
+            // In f32: f16 has no room for the mask, nor for sums of exponentials.
+            let dtype = qkv.dtype.into();
+            let (out, lse) = composed_forward::<Self>(Self::float_cast(qkv, FloatDType::F32), n_head, dropout);
+            return (Self::float_cast(out, dtype), lse);
         };
         let qkv = into_contiguous(qkv);
         let [batch, time, width] = qkv.meta.shape().dims::<3>();
@@ -234,7 +238,9 @@ impl AttentionOps for CubeBackend {
         dropout: Dropout,
     ) -> FloatTensor<Self> {
         let Some(variant) = variant(&qkv, n_head) else {
-            return composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout);
+            let dtype = qkv.dtype.into();
+            let [dout, qkv, out] = [dout, qkv, out].map(|tensor| Self::float_cast(tensor, FloatDType::F32));
+            return Self::float_cast(composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout), dtype);
         };
         let (dout, qkv, out, lse) =
             (into_contiguous(dout), into_contiguous(qkv), into_contiguous(out), into_contiguous(lse));

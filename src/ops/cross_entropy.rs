@@ -18,8 +18,9 @@ use std::ops::Range;
 use burn::tensor::{DType, Int, Shape, Slice, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
+use super::linear::elem;
 use super::linear::{product::Product, tiles::Layout};
-use super::{flatten, gradient_scale};
+use super::{Optional, flatten, gradient_scale};
 use crate::kernel::{self, Kernel, Variant, fold};
 
 /// A target that does not count, as in PyTorch's and nanoGPT's `ignore_index=-1`.
@@ -31,18 +32,28 @@ const CHUNK_ELEMENTS: usize = 16 << 20;
 /// `loss = mean over the targets that count of (logsumexp(x wᵀ) - (x wᵀ)[target])`
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait CrossEntropyOps: Backend {
-    /// x (..., C), w (V, C), targets (rows) in 0..V or [`IGNORED`] -> loss (1).
-    fn cross_entropy(x: FloatTensor<Self>, w: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+    /// x (..., C), w (V, C), targets (rows) in 0..V or [`IGNORED`], scale (at least 1 element) -> loss (1) f32.
+    ///
+    /// The gradients, not the loss, are multiplied by scale's first element and divided by `parts`.
+    fn cross_entropy(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        #[extension_type] _scale: Optional<Self>,
+        _parts: usize,
+    ) -> FloatTensor<Self> {
         composed_loss::<Self>(x, w, targets)
     }
 
-    /// As [`CrossEntropyOps::cross_entropy`], and its gradients for a unit cotangent: (loss (1), dx (..., C), dw (V, C)).
+    /// As [`CrossEntropyOps::cross_entropy`], and its gradients for a unit cotangent: (loss (1), dx (..., C), dw (V, C) f32).
     fn cross_entropy_gradients(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        #[extension_type] scale: Optional<Self>,
+        parts: usize,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        composed_gradients::<Self>(x, w, targets)
+        composed_gradients::<Self>(x, w, targets, scale, parts)
     }
 }
 
@@ -50,7 +61,8 @@ pub trait CrossEntropyOps: Backend {
 fn composed_loss<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
     let x = flatten::<B>(x);
     let batch = Targets::<B>::new(targets, &x);
-    let losses = chunks(x.shape()[0], w.shape()[0]).map(|rows| chunk_loss::<B>(&x, &w, &batch, rows).0).collect();
+    let losses =
+        chunks(x.shape()[0], w.shape()[0]).map(|rows| chunk_loss::<B>(&x, &w, &batch, &batch.count, rows).0).collect();
     mean::<B>(losses, batch.count)
 }
 
@@ -58,13 +70,23 @@ fn composed_gradients<B: Backend>(
     x: FloatTensor<B>,
     w: FloatTensor<B>,
     targets: IntTensor<B>,
+    scale: Optional<B>,
+    parts: usize,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let shape = x.shape();
     let x = flatten::<B>(x);
     let batch = Targets::<B>::new(targets, &x);
+    let weight = B::float_recip(B::float_mul_scalar(batch.count.clone(), (parts as f64).into()));
+    let weight = match scale {
+        Optional::Present(scale) => {
+            let first = B::float_slice(scale, &[Slice::from(0..1)]);
+            B::float_mul(weight, B::float_reshape(first, Shape::new([1, 1])))
+        }
+        Optional::Absent => weight,
+    };
     let (mut losses, mut dx, mut dw) = (Vec::new(), Vec::new(), None);
     for rows in chunks(x.shape()[0], w.shape()[0]) {
-        let (loss, dlogits, x_rows) = chunk_loss::<B>(&x, &w, &batch, rows);
+        let (loss, dlogits, x_rows) = chunk_loss::<B>(&x, &w, &batch, &weight, rows);
         losses.push(loss);
         // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
         dx.push(B::float_matmul(dlogits.clone(), w.clone()));
@@ -116,11 +138,12 @@ fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usi
     (0..rows).step_by(chunk).map(move |start| start..(start + chunk).min(rows))
 }
 
-/// The chunk's summed loss (1, 1), dlogits (rows, V) of the mean loss, and x's rows.
+/// The chunk's summed loss (1, 1), dlogits (rows, V) where a target weighs `weight` (1, 1), and x's rows.
 fn chunk_loss<B: Backend>(
     x: &FloatTensor<B>,
     w: &FloatTensor<B>,
     batch: &Targets<B>,
+    weight: &FloatTensor<B>,
     rows: std::ops::Range<usize>,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let pick = |tensor: &FloatTensor<B>| {
@@ -142,9 +165,9 @@ fn chunk_loss<B: Backend>(
     let loss = B::float_sub(B::float_log(sum.clone()), target); // (rows, 1)
     let loss = B::float_sum(B::float_mul(loss, counts.clone()));
 
-    // loss = Σ counts (log Σ exp(logits) - logits[target]) / count
-    //   =>  dlogits = (softmax(logits) - onehot(target)) counts / count
-    let weight = B::float_div(counts, batch.count.clone());
+    // loss = Σ counts (log Σ exp(logits) - logits[target]) weight
+    //   =>  dlogits = (softmax(logits) - onehot(target)) counts weight
+    let weight = B::float_mul(counts, weight.clone());
     let softmax = B::float_mul(exponentials, B::float_div(weight.clone(), sum));
     let dlogits = B::float_scatter(1, softmax, indices, B::float_neg(weight), IndexingUpdateOp::Add);
     (B::float_reshape(loss, Shape::new([1, 1])), dlogits, x)
@@ -168,15 +191,15 @@ const GPU_CHUNK_ELEMENTS: usize = 64 << 20;
 /// A chunk begins where a binding may begin: at a multiple of 256 bytes.
 const CHUNK_ALIGNMENT: usize = 64;
 
-/// The kernel that counts the targets that count.
+/// The kernel that counts the targets that count, and weighs each.
 pub fn count_kernel() -> Kernel {
     let files = vec![include_str!("../../wgsl/cross_entropy_count.wgsl")];
     Kernel::new("cross_entropy_count", String::new(), files, (256, 1, 1))
 }
 
-/// The kernel that makes rows of losses, and, if wanted, the gradient of their logits.
-pub fn rows_kernel(gradient: bool) -> Kernel {
-    let header = format!("const GRADIENT: bool = {gradient};\n");
+/// The kernel that makes rows of losses from logits in f16 (or f32), and, if wanted, the gradient of the logits.
+pub fn rows_kernel(gradient: bool, f16: bool) -> Kernel {
+    let header = format!("{}const GRADIENT: bool = {gradient};\n", elem(f16));
     Kernel::new("cross_entropy", header, vec![include_str!("../../wgsl/cross_entropy.wgsl")], (256, 1, 1))
 }
 
@@ -188,7 +211,9 @@ pub fn mean_kernel() -> Kernel {
 
 /// Every kernel of the loss but its matrix products.
 pub fn kernels() -> Vec<Kernel> {
-    vec![count_kernel(), rows_kernel(false), rows_kernel(true), mean_kernel()]
+    let rows = [(false, false), (true, false), (false, true), (true, true)];
+    let rows = rows.map(|(gradient, f16)| rows_kernel(gradient, f16));
+    rows.into_iter().chain([count_kernel(), mean_kernel()]).collect()
 }
 
 /// The rows of `matrix` (..., columns) in `rows`, as a matrix over the same memory.
@@ -200,23 +225,32 @@ fn rows_of(matrix: &CubeTensor, columns: usize, rows: &Range<usize>) -> CubeTens
     CubeTensor::new_contiguous(matrix.client.clone(), matrix.device.clone(), shape, handle, matrix.dtype)
 }
 
-/// loss (1) for x (..., C); fills dx (..., C) and dw (V, C) where they are given.
-fn fused(
-    variant: Variant,
-    x: &CubeTensor,
-    w: &CubeTensor,
-    targets: &CubeTensor,
-    gradients: Option<(&CubeTensor, &CubeTensor)>,
-) -> CubeTensor {
+/// Where the gradients of a loss go, dx (..., C) and dw (V, C), and what they are multiplied and divided by.
+struct Wanted<'a> {
+    dx: &'a CubeTensor,
+    dw: &'a CubeTensor,
+    scale: Optional<CubeBackend>,
+    parts: usize,
+}
+
+/// loss (1) for x (..., C), with its gradients where they are wanted.
+fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor, wanted: Option<Wanted>) -> CubeTensor {
     let [vocab, channels] = w.meta.shape().dims::<2>();
     let rows = x.meta.shape().num_elements() / channels;
-    // Rows of whole quads, so that the products can move quads; the padding holds zeros once it is a gradient.
-    let stride = vocab.next_multiple_of(4);
+    // Rows of whole packs, so that the products can move packs; the padding holds zeros once it is a gradient.
+    let f16 = x.dtype == DType::F16;
+    let stride = vocab.next_multiple_of(if f16 { 8 } else { 4 });
     let f32s = |shape: Shape| kernel::empty_of(x, shape, DType::F32);
-    let (count, losses, loss) = (f32s(Shape::new([1])), f32s(Shape::new([rows])), f32s(Shape::new([1])));
-    count_kernel().launch((1, 1, 1), &[targets, &count], &[rows as u32]);
+    let (count, losses, loss) = (f32s(Shape::new([2])), f32s(Shape::new([rows])), f32s(Shape::new([1])));
+    // What is bound where there is no scale only has to be a buffer: `count` itself would be bound twice.
+    let (scale, is_scaled, parts) = match &wanted {
+        Some(Wanted { scale: Optional::Present(scale), parts, .. }) => (scale, true, *parts),
+        Some(Wanted { parts, .. }) => (&losses, false, *parts),
+        None => (&losses, false, 1),
+    };
+    count_kernel().launch((1, 1, 1), &[targets, scale, &count], &[rows as u32, u32::from(is_scaled), parts as u32]);
     let chunk = (GPU_CHUNK_ELEMENTS / stride / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT).min(rows);
-    let logits = f32s(Shape::new([chunk, stride]));
+    let logits = kernel::empty(x, Shape::new([chunk, stride]));
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);
         let here = range.len();
@@ -224,9 +258,9 @@ fn fused(
         let product = Product::plain(Layout::Nt, &x, w, here, vocab, channels);
         Product { strides: [channels, channels, stride], ..product }.launch(variant, &logits);
         let sizes = [here, vocab, stride, start].map(|size| size as u32);
-        let kernel = rows_kernel(gradients.is_some());
+        let kernel = rows_kernel(wanted.is_some(), f16);
         kernel.launch(fold(here as u32), &[&logits, targets, &losses, &count], &sizes);
-        if let Some((dx, dw)) = gradients {
+        if let Some(Wanted { dx, dw, .. }) = &wanted {
             // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
             let strides = [stride, channels, channels];
             let scale = gradient_scale(&logits, rows);
@@ -242,11 +276,17 @@ fn fused(
 
 /// The kernels for `x`, unless there are no rows, for which Burn's primitives know the answer.
 fn variant(x: &CubeTensor) -> Option<Variant> {
-    kernel::variant(x).filter(|_| x.dtype == DType::F32 && x.meta.shape().num_elements() > 0)
+    kernel::variant(x).filter(|_| x.meta.shape().num_elements() > 0)
 }
 
 impl CrossEntropyOps for CubeBackend {
-    fn cross_entropy(x: FloatTensor<Self>, w: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+    fn cross_entropy(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        _scale: Optional<Self>,
+        _parts: usize,
+    ) -> FloatTensor<Self> {
         let Some(variant) = variant(&x) else {
             return composed_loss::<Self>(x, w, targets);
         };
@@ -257,13 +297,16 @@ impl CrossEntropyOps for CubeBackend {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        scale: Optional<Self>,
+        parts: usize,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let Some(variant) = variant(&x) else {
-            return composed_gradients::<Self>(x, w, targets);
+            return composed_gradients::<Self>(x, w, targets, scale, parts);
         };
         let (x, w) = (into_contiguous(x), into_contiguous(w));
         let (dx, dw) = (kernel::empty_like(&x), kernel::empty_of(&x, w.meta.shape().clone(), DType::F32));
-        let loss = fused(variant, &x, &w, &into_contiguous(targets), Some((&dx, &dw)));
+        let wanted = Wanted { dx: &dx, dw: &dw, scale, parts };
+        let loss = fused(variant, &x, &w, &into_contiguous(targets), Some(wanted));
         (loss, dx, dw)
     }
 }
@@ -280,7 +323,7 @@ impl<B: CrossEntropyOps> Backward<B, 2> for CrossEntropyBackward {
         for (parent, gradient) in ops.parents.into_iter().zip(ops.state) {
             if let Some(parent) = parent {
                 let ones = Shape::from(vec![1; gradient.shape().num_dims()]);
-                let factor = B::float_reshape(dloss.clone(), ones);
+                let factor = B::float_cast(B::float_reshape(dloss.clone(), ones), gradient.dtype().into());
                 grads.register::<B>(parent.id, B::float_mul(gradient, factor));
             }
         }
@@ -288,26 +331,46 @@ impl<B: CrossEntropyOps> Backward<B, 2> for CrossEntropyBackward {
 }
 
 impl<B: CrossEntropyOps, C: CheckpointStrategy> CrossEntropyOps for Autodiff<B, C> {
-    fn cross_entropy(x: FloatTensor<Self>, w: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+    fn cross_entropy(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        scale: Optional<Self>,
+        parts: usize,
+    ) -> FloatTensor<Self> {
         let parents = [x.node(), w.node()];
         let prepared = CrossEntropyBackward.prepare::<C>(parents).compute_bound().stateful();
         let x = <Self as AutodiffBackend>::inner(x);
         let w = <Self as AutodiffBackend>::inner(w);
         match prepared {
             OpsKind::Tracked(prepared) => {
-                let (loss, dx, dw) = B::cross_entropy_gradients(x, w, targets);
+                let (loss, dx, dw) = B::cross_entropy_gradients(x, w, targets, scale.inner(), parts);
                 prepared.finish([dx, dw], loss)
             }
-            OpsKind::UnTracked(prepared) => prepared.finish(B::cross_entropy(x, w, targets)),
+            OpsKind::UnTracked(prepared) => prepared.finish(B::cross_entropy(x, w, targets, Optional::Absent, parts)),
         }
     }
 }
 
 /// Mean cross-entropy of the logits x wᵀ: x (B, T, C), w (V, C), targets (B, T) in 0..V or [`IGNORED`] -> (1), in nats.
 pub fn cross_entropy(x: Tensor<3>, w: Tensor<2>, targets: Tensor<2, Int>) -> Tensor<1> {
+    cross_entropy_scaled(x, w, targets, None, 1)
+}
+
+/// As [`cross_entropy`]; its gradients are multiplied by the first element of `scale` (a loss scale) and divided by `parts`
+/// (the micro-batches of a step). They are so before they are rounded to x's type, which a factor on the loss is not.
+pub fn cross_entropy_scaled(
+    x: Tensor<3>,
+    w: Tensor<2>,
+    targets: Tensor<2, Int>,
+    scale: Option<Tensor<1>>,
+    parts: usize,
+) -> Tensor<1> {
     Tensor::from_dispatch(<Dispatch as CrossEntropyOps>::cross_entropy(
         x.into_dispatch(),
         w.into_dispatch(),
         targets.into_dispatch(),
+        Optional::of(scale),
+        parts,
     ))
 }

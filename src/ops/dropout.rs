@@ -11,9 +11,10 @@ use burn::backend::{
     backend_extension,
     tensor::FloatTensor,
 };
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous};
 
+use crate::kernel::lanes::Lanes;
 use crate::kernel::{Kernel, PHILOX, empty_like, fold, matrix};
 use crate::rng::philox4x32;
 
@@ -92,26 +93,21 @@ pub trait DropoutOps: Backend {
         let shape = x.shape();
         let columns = shape[shape.num_dims() - 1];
         let factors = dropout.factors(shape.num_elements() / columns.max(1), columns);
-        let mask = Self::float_from_data(TensorData::new(factors, shape), &x.device());
+        let mask = Self::float_from_data(TensorData::new(factors, shape).convert_dtype(x.dtype()), &x.device());
         Self::float_mul(x, mask)
     }
 }
 
 impl DropoutOps for Flex {}
 
-/// The kernel for rows of `columns` elements: four neighbouring columns a thread, 256 threads a workgroup.
-pub fn kernel(columns: usize) -> Kernel {
-    let (name, file) = if columns.is_multiple_of(4) {
-        ("dropout_quads", include_str!("../../wgsl/dropout_quads.wgsl"))
-    } else {
-        ("dropout", include_str!("../../wgsl/dropout.wgsl"))
-    };
-    Kernel::new(name, String::new(), vec![PHILOX, file], (256, 1, 1))
+/// The kernel for rows of `columns` elements of f16 (or f32): one lane a thread, 256 threads a workgroup.
+pub fn kernel(columns: usize, f16: bool) -> Kernel {
+    Lanes::of(columns).kernel("dropout", f16, "", &[PHILOX, include_str!("../../wgsl/dropout.wgsl")], 256)
 }
 
 /// Every kernel of dropout.
 pub fn kernels() -> Vec<Kernel> {
-    [1, 4].map(kernel).to_vec()
+    [1, 4].into_iter().flat_map(|columns| [false, true].map(|f16| kernel(columns, f16))).collect()
 }
 
 impl DropoutOps for CubeBackend {
@@ -119,10 +115,11 @@ impl DropoutOps for CubeBackend {
         let x = into_contiguous(x);
         let y = empty_like(&x);
         let (rows, columns) = matrix(&x);
-        let groups = (rows * columns.div_ceil(4)).div_ceil(256) as u32;
-        let mut params = vec![rows as u32, columns as u32];
+        let lanes = Lanes::of(columns);
+        let groups = (rows * lanes.count).div_ceil(256) as u32;
+        let mut params = vec![rows as u32, lanes.count as u32];
         params.extend(dropout.params());
-        kernel(columns).launch(fold(groups), &[&x, &y], &params);
+        kernel(columns, x.dtype == DType::F16).launch(fold(groups), &[&x, &y], &params);
         y
     }
 }

@@ -10,27 +10,28 @@ use burn::backend::{
     backend_extension,
     tensor::{FloatTensor, IndexingUpdateOp, IntTensor},
 };
-use burn::tensor::{DType, Int, Shape, Slice, Tensor};
+use burn::tensor::{DType, FloatDType, Int, Shape, Slice, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::dropout::{Dropout, DropoutOps};
 use crate::kernel::lanes::{Lanes, serves};
-use crate::kernel::{Kernel, PHILOX, empty, fold};
+use crate::kernel::{Kernel, PHILOX, empty, empty_of, fold};
 
 /// `x[b, t] = dropout(wte[token[b, t]] + wpe[t])`
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait EmbeddingOps: DropoutOps {
-    /// tokens (B, T) in 0..V, wte (V, C), wpe (block_size, C) with block_size >= T -> (B, T, C).
+    /// tokens (B, T) in 0..V, wte (V, C), wpe (block_size, C) with block_size >= T -> (B, T, C) in f16 (or f32).
     fn embed(
         tokens: IntTensor<Self>,
         wte: FloatTensor<Self>,
         wpe: FloatTensor<Self>,
         dropout: Dropout,
+        f16: bool,
     ) -> FloatTensor<Self> {
-        composed_forward::<Self>(tokens, wte, wpe, dropout)
+        composed_forward::<Self>(tokens, wte, wpe, dropout, f16)
     }
 
-    /// dx (B, T, C), tokens (B, T) -> (dwte (vocab, C), dwpe (block_size, C)).
+    /// dx (B, T, C), tokens (B, T) -> (dwte (vocab, C), dwpe (block_size, C)), both f32.
     fn embed_backward(
         dx: FloatTensor<Self>,
         tokens: IntTensor<Self>,
@@ -50,6 +51,7 @@ fn composed_forward<B: DropoutOps>(
     wte: FloatTensor<B>,
     wpe: FloatTensor<B>,
     dropout: Dropout,
+    f16: bool,
 ) -> FloatTensor<B> {
     let [batch, time] = tokens.shape().dims::<2>();
     let channels = wte.shape()[1];
@@ -59,7 +61,8 @@ fn composed_forward<B: DropoutOps>(
     let rows = [Slice::from(0..time), Slice::from(0..channels)];
     let position = B::float_reshape(B::float_slice(wpe, &rows), Shape::new([1, time, channels]));
     let x = B::float_add(token, position);
-    if dropout.is_on() { B::dropout(x, dropout) } else { x }
+    let x = if dropout.is_on() { B::dropout(x, dropout) } else { x };
+    if f16 { B::float_cast(x, FloatDType::F16) } else { x }
 }
 
 /// The whole of [`EmbeddingOps::embed_backward`]'s default.
@@ -71,13 +74,14 @@ fn composed_backward<B: DropoutOps>(
     dropout: Dropout,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let [batch, time, channels] = dx.shape().dims::<3>();
-    let (device, dtype) = (dx.device(), dx.dtype().into());
+    let device = dx.device();
+    let dx = B::float_cast(dx, FloatDType::F32);
     let dx = if dropout.is_on() {
         B::dropout(dx, dropout) // x = mask (token + position)
     } else {
         dx
     };
-    let zeros = |rows| B::float_zeros(Shape::new([rows, channels]), &device, dtype);
+    let zeros = |rows| B::float_zeros(Shape::new([rows, channels]), &device, FloatDType::F32);
     let dwte = B::float_select_assign(
         zeros(vocab),
         0,
@@ -142,8 +146,10 @@ pub fn kernels() -> Vec<Kernel> {
     let mut kernels = vec![sort_kernel(), rank_kernel()];
     for lanes in [1, 4].map(Lanes::of) {
         for dropout in [false, true] {
-            kernels.push(forward_kernel(lanes, false, dropout));
-            kernels.extend([1, 16].map(|rows| backward_kernel(lanes, false, dropout, rows)));
+            for f16 in [false, true] {
+                kernels.push(forward_kernel(lanes, f16, dropout));
+                kernels.extend([1, 16].map(|rows| backward_kernel(lanes, f16, dropout, rows)));
+            }
         }
     }
     kernels
@@ -191,13 +197,15 @@ impl EmbeddingOps for CubeBackend {
         wte: FloatTensor<Self>,
         wpe: FloatTensor<Self>,
         dropout: Dropout,
+        f16: bool,
     ) -> FloatTensor<Self> {
         if !is_served(&wte, &tokens, wte.meta.shape()[0]) {
-            return composed_forward::<Self>(tokens, wte, wpe, dropout);
+            return composed_forward::<Self>(tokens, wte, wpe, dropout, f16);
         }
         let [tokens, wte, wpe] = [tokens, wte, wpe].map(into_contiguous);
         let [batch, time] = tokens.meta.shape().dims::<2>();
-        let x = empty(&wte, Shape::new([batch, time, wte.meta.shape()[1]]));
+        let dtype = if f16 { DType::F16 } else { DType::F32 };
+        let x = empty_of(&wte, Shape::new([batch, time, wte.meta.shape()[1]]), dtype);
         launch_forward(&tokens, &wte, &wpe, dropout, &x);
         x
     }
@@ -214,7 +222,7 @@ impl EmbeddingOps for CubeBackend {
         }
         let [dx, tokens] = [dx, tokens].map(into_contiguous);
         let channels = dx.meta.shape()[2];
-        let [dwte, dwpe] = [vocab, block_size].map(|rows| empty(&dx, Shape::new([rows, channels])));
+        let [dwte, dwpe] = [vocab, block_size].map(|rows| empty_of(&dx, Shape::new([rows, channels]), DType::F32));
         launch_backward(&dx, &tokens, dropout, &dwte, &dwpe);
         (dwte, dwpe)
     }
@@ -253,6 +261,7 @@ impl<B: EmbeddingOps, C: CheckpointStrategy> EmbeddingOps for Autodiff<B, C> {
         wte: FloatTensor<Self>,
         wpe: FloatTensor<Self>,
         dropout: Dropout,
+        f16: bool,
     ) -> FloatTensor<Self> {
         let parents = [wte.node(), wpe.node()];
         let prepared = EmbeddingBackward.prepare::<C>(parents).compute_bound().stateful();
@@ -260,7 +269,7 @@ impl<B: EmbeddingOps, C: CheckpointStrategy> EmbeddingOps for Autodiff<B, C> {
         let wpe = <Self as AutodiffBackend>::inner(wpe);
         let state =
             EmbeddingState { tokens: tokens.clone(), vocab: wte.shape()[0], block_size: wpe.shape()[0], dropout };
-        let x = B::embed(tokens, wte, wpe, dropout);
+        let x = B::embed(tokens, wte, wpe, dropout, f16);
         match prepared {
             OpsKind::Tracked(prepared) => prepared.finish(state, x),
             OpsKind::UnTracked(prepared) => prepared.finish(x),
@@ -268,13 +277,14 @@ impl<B: EmbeddingOps, C: CheckpointStrategy> EmbeddingOps for Autodiff<B, C> {
     }
 }
 
-/// `dropout(wte[tokens] + wpe)`: tokens (B, T) in 0..V, wte (V, C), wpe (block_size, C) -> (B, T, C).
-pub fn embedding(tokens: Tensor<2, Int>, wte: Tensor<2>, wpe: Tensor<2>, dropout: Dropout) -> Tensor<3> {
+/// `dropout(wte[tokens] + wpe)`: tokens (B, T) in 0..V, wte (V, C), wpe (block_size, C) -> (B, T, C) in f16 (or f32).
+pub fn embedding(tokens: Tensor<2, Int>, wte: Tensor<2>, wpe: Tensor<2>, dropout: Dropout, f16: bool) -> Tensor<3> {
     Tensor::from_dispatch(<Dispatch as EmbeddingOps>::embed(
         tokens.into_dispatch(),
         wte.into_dispatch(),
         wpe.into_dispatch(),
         dropout,
+        f16,
     ))
 }
 

@@ -13,7 +13,7 @@ use burn::backend::{
 use burn::tensor::{DType, Shape, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
-use super::{Bias, flatten};
+use super::{Optional, flatten};
 use crate::kernel::lanes::{Lanes, serves};
 use crate::kernel::{Kernel, empty, empty_like, fold, matrix};
 
@@ -27,7 +27,7 @@ pub trait LayerNormOps: Backend {
     fn layer_norm_forward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        #[extension_type] b: Bias<Self>,
+        #[extension_type] b: Optional<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         composed_forward::<Self>(x, w, b)
     }
@@ -50,7 +50,7 @@ impl LayerNormOps for Flex {}
 fn composed_forward<B: Backend>(
     x: FloatTensor<B>,
     w: FloatTensor<B>,
-    b: Bias<B>,
+    b: Optional<B>,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let shape = x.shape();
     let row = Shape::new([1, w.shape()[0]]);
@@ -62,8 +62,8 @@ fn composed_forward<B: Backend>(
     let normed = B::float_mul(centred, rstd.clone());
     let y = B::float_mul(normed, B::float_reshape(w, row.clone()));
     let y = match b {
-        Bias::Present(b) => B::float_add(y, B::float_reshape(b, row)),
-        Bias::Absent => y,
+        Optional::Present(b) => B::float_add(y, B::float_reshape(b, row)),
+        Optional::Absent => y,
     };
     (B::float_reshape(y, shape), mean, rstd)
 }
@@ -134,8 +134,10 @@ pub const WIDTHS: [usize; 5] = [67, 384, 768, 1600, 1031];
 /// Every kernel of layer normalisation, for rows of the [`WIDTHS`].
 pub fn kernels() -> Vec<Kernel> {
     let by_width = WIDTHS.into_iter().flat_map(|columns| {
-        let forward = [false, true].map(|bias| forward_kernel(columns, false, bias).0);
-        forward.into_iter().chain([backward_kernel(columns, false).0])
+        [false, true].into_iter().flat_map(move |f16| {
+            let forward = [false, true].map(|bias| forward_kernel(columns, f16, bias).0);
+            forward.into_iter().chain([backward_kernel(columns, f16).0])
+        })
     });
     by_width.chain([1, 4].map(|columns| sums_kernel(Lanes::of(columns)))).collect()
 }
@@ -183,15 +185,15 @@ impl LayerNormOps for CubeBackend {
     fn layer_norm_forward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        b: Bias<Self>,
+        b: Optional<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         if !serves(&x, Ok(())) {
             return composed_forward::<Self>(x, w, b);
         }
         let (x, w) = (into_contiguous(x), into_contiguous(w));
         let b = match b {
-            Bias::Present(b) => Some(into_contiguous(b)),
-            Bias::Absent => None,
+            Optional::Present(b) => Some(into_contiguous(b)),
+            Optional::Absent => None,
         };
         let (rows, _) = matrix(&x);
         let y = empty_like(&x);
@@ -243,24 +245,20 @@ impl<B: LayerNormOps, C: CheckpointStrategy> LayerNormOps for Autodiff<B, C> {
     fn layer_norm_forward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        b: Bias<Self>,
+        b: Optional<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let (xi, wi) = (x.primitive().clone(), w.primitive().clone());
-        let bi = match &b {
-            Bias::Present(b) => Bias::Present(b.primitive().clone()),
-            Bias::Absent => Bias::Absent,
-        };
-        let (y, mean, rstd) = B::layer_norm_forward(xi.clone(), wi.clone(), bi);
+        let (y, mean, rstd) = B::layer_norm_forward(xi.clone(), wi.clone(), b.inner());
         let saved = (xi, wi, mean.clone(), rstd.clone());
         let y = match b {
-            Bias::Present(b) => {
+            Optional::Present(b) => {
                 let parents = [x.node(), w.node(), b.node()];
                 match LayerNormBackward::<3>.prepare::<C>(parents).compute_bound().stateful() {
                     OpsKind::Tracked(prepared) => prepared.finish(saved, y),
                     OpsKind::UnTracked(prepared) => prepared.finish(y),
                 }
             }
-            Bias::Absent => {
+            Optional::Absent => {
                 let parents = [x.node(), w.node()];
                 match LayerNormBackward::<2>.prepare::<C>(parents).compute_bound().stateful() {
                     OpsKind::Tracked(prepared) => prepared.finish(saved, y),
@@ -275,7 +273,8 @@ impl<B: LayerNormOps, C: CheckpointStrategy> LayerNormOps for Autodiff<B, C> {
 
 /// Layer normalisation of x (..., C) with weight w (C) and bias b (C); ε is [`EPSILON`].
 pub fn layer_norm<const D: usize>(x: Tensor<D>, w: Tensor<1>, b: Option<Tensor<1>>) -> Tensor<D> {
-    let (y, _, _) = <Dispatch as LayerNormOps>::layer_norm_forward(x.into_dispatch(), w.into_dispatch(), Bias::of(b));
+    let (y, _, _) =
+        <Dispatch as LayerNormOps>::layer_norm_forward(x.into_dispatch(), w.into_dispatch(), Optional::of(b));
     Tensor::from_dispatch(y)
 }
 

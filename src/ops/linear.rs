@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use self::product::{Product, sum_parts, sum_parts_kernel};
 use self::tiles::{Epilogue, Layout};
 use super::dropout::{Dropout, DropoutOps};
-use super::{Bias, flatten, gradient_scale};
+use super::{Optional, flatten, gradient_scale};
 use crate::kernel::{self, Capabilities, Kernel, Variant, fold, matrix};
 
 /// Which GELU: GPT-2 was trained with the tanh approximation, nanoGPT uses the exact one.
@@ -48,7 +48,7 @@ pub trait LinearOps: DropoutOps {
     fn linear_forward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        #[extension_type] b: Bias<Self>,
+        #[extension_type] b: Optional<Self>,
     ) -> FloatTensor<Self> {
         composed_forward::<Self>(x, w, b)
     }
@@ -72,7 +72,7 @@ pub trait LinearOps: DropoutOps {
     fn linear_gelu(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        #[extension_type] b: Bias<Self>,
+        #[extension_type] b: Optional<Self>,
         gelu: Gelu,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         composed_gelu::<Self>(x, w, b, gelu)
@@ -87,7 +87,7 @@ pub trait LinearOps: DropoutOps {
     fn linear_residual(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        #[extension_type] b: Bias<Self>,
+        #[extension_type] b: Optional<Self>,
         residual: FloatTensor<Self>,
         dropout: Dropout,
     ) -> FloatTensor<Self> {
@@ -96,13 +96,13 @@ pub trait LinearOps: DropoutOps {
 }
 
 /// [`LinearOps::linear_forward`] in Burn primitives, for the GPU path to fall back on; so are the next ones.
-fn composed_forward<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>, b: Bias<B>) -> FloatTensor<B> {
+fn composed_forward<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>, b: Optional<B>) -> FloatTensor<B> {
     let mut shape = x.shape();
     let outputs = w.shape()[0];
     let y = B::float_matmul(flatten::<B>(x), B::float_transpose(w)); // (M, N)
     let y = match b {
-        Bias::Present(b) => B::float_add(y, B::float_reshape(b, Shape::new([1, outputs]))),
-        Bias::Absent => y,
+        Optional::Present(b) => B::float_add(y, B::float_reshape(b, Shape::new([1, outputs]))),
+        Optional::Absent => y,
     };
     let last = shape.num_dims() - 1;
     shape[last] = outputs;
@@ -128,7 +128,7 @@ fn composed_db<B: Backend>(dy: FloatTensor<B>) -> FloatTensor<B> {
 fn composed_gelu<B: Backend>(
     x: FloatTensor<B>,
     w: FloatTensor<B>,
-    b: Bias<B>,
+    b: Optional<B>,
     gelu: Gelu,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let h = composed_forward::<B>(x, w, b);
@@ -146,7 +146,7 @@ fn composed_gelu<B: Backend>(
 fn composed_residual<B: DropoutOps>(
     x: FloatTensor<B>,
     w: FloatTensor<B>,
-    b: Bias<B>,
+    b: Optional<B>,
     residual: FloatTensor<B>,
     dropout: Dropout,
 ) -> FloatTensor<B> {
@@ -208,7 +208,7 @@ fn empty_with_columns(like: &CubeTensor, columns: usize) -> CubeTensor {
 }
 
 /// The type of a kernel's elements, as its header begins.
-fn elem(f16: bool) -> &'static str {
+pub(super) fn elem(f16: bool) -> &'static str {
     if f16 { "enable f16;\nalias elem = f16;\n" } else { "alias elem = f32;\n" }
 }
 
@@ -228,13 +228,16 @@ pub fn gelu_gradient_kernel(gelu: Gelu, f16: bool) -> Kernel {
     Kernel::new("gelu_gradient", header, files, (256, 1, 1))
 }
 
-/// Every kernel of linear layers that a device with these capabilities can be given for f32 tensors.
+/// Every kernel of linear layers that a device with these capabilities can be given.
 pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
     let mut kernels = tiles::kernels(capabilities);
-    kernels.push(column_sum_kernel(false));
-    kernels.extend([Gelu::Erf, Gelu::Tanh].map(|gelu| gelu_gradient_kernel(gelu, false)));
+    for f16 in [false, true] {
+        kernels.push(column_sum_kernel(f16));
+        kernels.extend([Gelu::Erf, Gelu::Tanh].map(|gelu| gelu_gradient_kernel(gelu, f16)));
+    }
     for elements in [1, 4] {
-        kernels.extend([false, true].map(|accumulate| sum_parts_kernel(elements, accumulate).0));
+        kernels.extend([false, true].map(|accumulate| sum_parts_kernel(elements, accumulate, false).0));
+        kernels.push(sum_parts_kernel(elements, false, true).0);
     }
     kernels
 }
@@ -244,7 +247,7 @@ fn layer(
     variant: Variant,
     x: &CubeTensor,
     w: CubeTensor,
-    b: Bias<CubeBackend>,
+    b: Optional<CubeBackend>,
     epilogue: Epilogue,
     extra: Option<&CubeTensor>,
     dropout: Dropout,
@@ -252,8 +255,8 @@ fn layer(
     let (w, (m, k)) = (into_contiguous(w), matrix(x));
     let n = w.meta.shape()[0];
     let bias = match b {
-        Bias::Present(b) => Some(into_contiguous(b)),
-        Bias::Absent => None,
+        Optional::Present(b) => Some(into_contiguous(b)),
+        Optional::Absent => None,
     };
     let y = empty_with_columns(x, n);
     let product =
@@ -263,7 +266,7 @@ fn layer(
 }
 
 impl LinearOps for CubeBackend {
-    fn linear_forward(x: FloatTensor<Self>, w: FloatTensor<Self>, b: Bias<Self>) -> FloatTensor<Self> {
+    fn linear_forward(x: FloatTensor<Self>, w: FloatTensor<Self>, b: Optional<Self>) -> FloatTensor<Self> {
         let Some(variant) = kernel::variant(&x) else {
             return composed_forward::<Self>(x, w, b);
         };
@@ -313,7 +316,7 @@ impl LinearOps for CubeBackend {
     fn linear_gelu(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        b: Bias<Self>,
+        b: Optional<Self>,
         gelu: Gelu,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let Some(variant) = kernel::variant(&x) else {
@@ -342,7 +345,7 @@ impl LinearOps for CubeBackend {
     fn linear_residual(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        b: Bias<Self>,
+        b: Optional<Self>,
         residual: FloatTensor<Self>,
         dropout: Dropout,
     ) -> FloatTensor<Self> {
@@ -416,17 +419,17 @@ fn record<B: LinearOps, C: CheckpointStrategy, const N: usize>(
 }
 
 impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
-    fn linear_forward(x: FloatTensor<Self>, w: FloatTensor<Self>, b: Bias<Self>) -> FloatTensor<Self> {
+    fn linear_forward(x: FloatTensor<Self>, w: FloatTensor<Self>, b: Optional<Self>) -> FloatTensor<Self> {
         let (xi, wi, bi) = inner::<B, C>(&x, &w, &b);
         let y = B::linear_forward(xi.clone(), wi.clone(), bi);
         let state = state(xi, wi, has_bias(&b), After::None);
         match b {
-            Bias::Present(b) => record(
+            Optional::Present(b) => record(
                 LinearBackward::<3>.prepare::<C>([x.node(), w.node(), b.node()]).compute_bound().stateful(),
                 y,
                 state,
             ),
-            Bias::Absent => {
+            Optional::Absent => {
                 record(LinearBackward::<2>.prepare::<C>([x.node(), w.node()]).compute_bound().stateful(), y, state)
             }
         }
@@ -435,19 +438,19 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
     fn linear_gelu(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        b: Bias<Self>,
+        b: Optional<Self>,
         gelu: Gelu,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (xi, wi, bi) = inner::<B, C>(&x, &w, &b);
         let (y, h) = B::linear_gelu(xi.clone(), wi.clone(), bi, gelu);
         let state = state(xi, wi, has_bias(&b), After::Gelu(gelu, h.clone()));
         let y = match b {
-            Bias::Present(b) => record(
+            Optional::Present(b) => record(
                 LinearBackward::<3>.prepare::<C>([x.node(), w.node(), b.node()]).compute_bound().stateful(),
                 y,
                 state,
             ),
-            Bias::Absent => {
+            Optional::Absent => {
                 record(LinearBackward::<2>.prepare::<C>([x.node(), w.node()]).compute_bound().stateful(), y, state)
             }
         };
@@ -457,7 +460,7 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
     fn linear_residual(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
-        b: Bias<Self>,
+        b: Optional<Self>,
         residual: FloatTensor<Self>,
         dropout: Dropout,
     ) -> FloatTensor<Self> {
@@ -467,10 +470,12 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
         let state = state(xi, wi, has_bias(&b), After::Residual(dropout));
         let (x, w, r) = (x.node(), w.node(), residual.node());
         match b {
-            Bias::Present(b) => {
+            Optional::Present(b) => {
                 record(LinearBackward::<4>.prepare::<C>([x, w, b.node(), r]).compute_bound().stateful(), y, state)
             }
-            Bias::Absent => record(LinearBackward::<3>.prepare::<C>([x, w, r]).compute_bound().stateful(), y, state),
+            Optional::Absent => {
+                record(LinearBackward::<3>.prepare::<C>([x, w, r]).compute_bound().stateful(), y, state)
+            }
         }
     }
 }
@@ -479,17 +484,13 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
 fn inner<B: LinearOps, C: CheckpointStrategy>(
     x: &FloatTensor<Autodiff<B, C>>,
     w: &FloatTensor<Autodiff<B, C>>,
-    b: &Bias<Autodiff<B, C>>,
-) -> (FloatTensor<B>, FloatTensor<B>, Bias<B>) {
-    let b = match b {
-        Bias::Present(b) => Bias::Present(b.primitive().clone()),
-        Bias::Absent => Bias::Absent,
-    };
-    (x.primitive().clone(), w.primitive().clone(), b)
+    b: &Optional<Autodiff<B, C>>,
+) -> (FloatTensor<B>, FloatTensor<B>, Optional<B>) {
+    (x.primitive().clone(), w.primitive().clone(), b.inner())
 }
 
-fn has_bias<B: Backend>(bias: &Bias<B>) -> bool {
-    matches!(bias, Bias::Present(_))
+fn has_bias<B: Backend>(bias: &Optional<B>) -> bool {
+    matches!(bias, Optional::Present(_))
 }
 
 fn state<B: LinearOps>(x: FloatTensor<B>, w: FloatTensor<B>, has_bias: bool, after: After<B>) -> LinearState<B> {
@@ -498,12 +499,16 @@ fn state<B: LinearOps>(x: FloatTensor<B>, w: FloatTensor<B>, has_bias: bool, aft
 
 /// x (..., K), w (N, K), b (N) -> x wᵀ + b, (..., N).
 pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) -> Tensor<D> {
-    Tensor::from_dispatch(<Dispatch as LinearOps>::linear_forward(x.into_dispatch(), w.into_dispatch(), Bias::of(b)))
+    Tensor::from_dispatch(<Dispatch as LinearOps>::linear_forward(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        Optional::of(b),
+    ))
 }
 
 /// gelu(x wᵀ + b): x (..., K), w (N, K), b (N) -> (..., N).
 pub fn linear_gelu<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>, gelu: Gelu) -> Tensor<D> {
-    let (y, _) = <Dispatch as LinearOps>::linear_gelu(x.into_dispatch(), w.into_dispatch(), Bias::of(b), gelu);
+    let (y, _) = <Dispatch as LinearOps>::linear_gelu(x.into_dispatch(), w.into_dispatch(), Optional::of(b), gelu);
     Tensor::from_dispatch(y)
 }
 
@@ -518,7 +523,7 @@ pub fn linear_residual<const D: usize>(
     Tensor::from_dispatch(<Dispatch as LinearOps>::linear_residual(
         x.into_dispatch(),
         w.into_dispatch(),
-        Bias::of(b),
+        Optional::of(b),
         residual.into_dispatch(),
         dropout,
     ))

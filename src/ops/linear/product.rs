@@ -3,7 +3,8 @@
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::tiles::{self, Epilogue, Layout, Ragged, Spec, Tile};
+use super::tiles::{self, Access, Epilogue, Layout, Ragged, Spec, Tile};
+use crate::kernel::lanes::Lanes;
 use crate::kernel::{self, Kernel, Variant, Work, fold};
 use crate::ops::dropout::Dropout;
 
@@ -61,7 +62,8 @@ impl<'a> Product<'a> {
     }
 
     /// Queues the product into `out` with K split over workgroups where M × N alone gives too few of them: a weight's
-    /// gradient, or what comes back through a head. The parts are added in a fixed order. `accumulate` adds to what `out` (f32, without padding) holds.
+    /// gradient, or what comes back through a head. The parts are added in a fixed order. `accumulate` adds to what
+    /// `out` (without padding) holds.
     pub fn launch_tall(&self, variant: Variant, out: &CubeTensor, accumulate: bool) {
         let tile = tiles::choose(variant, self.m, self.n);
         let steps = self.k.div_ceil(tile.k as usize);
@@ -137,10 +139,18 @@ impl Plan {
     /// The kernel, with what it computes.
     pub fn kernel(&self) -> Kernel {
         let ([m, n, k], tile) = (self.sizes, self.tile());
-        let quads = self.strides.iter().all(|stride| stride % 4 == 0);
+        let multiples_of = |pack| self.strides.iter().all(|stride| stride.is_multiple_of(pack));
+        // Eight at a time exist for f16 alone, and the scalar kernels compute in f32 anyway.
+        let by_eight = self.variant != Variant::Scalar && self.f16[0] && self.f16[1];
+        let access = match multiples_of(4) {
+            false => Access::Singles,
+            true if !by_eight => Access::Quads,
+            true if multiples_of(8) => Access::Octs,
+            true => Access::Singles,
+        };
         let fits = |size: usize, tile: u32| size.is_multiple_of(tile as usize);
         let ragged = match fits(m, tile.m) && fits(n, tile.n) {
-            _ if !quads || !fits(k, tile.k) => Ragged::Sums,
+            _ if access == Access::Singles || !fits(k, tile.k) => Ragged::Sums,
             true => Ragged::Nothing,
             false => Ragged::Output,
         };
@@ -150,7 +160,7 @@ impl Plan {
             epilogue: self.epilogue,
             bias: self.bias,
             f16: self.f16,
-            quads,
+            access,
             ragged,
             scaled: self.is_scaled(),
             tile,
@@ -184,18 +194,18 @@ impl Plan {
     }
 }
 
-/// The kernel that adds parts of this many elements, and how many of them an invocation sums.
-pub fn sum_parts_kernel(elements: usize, accumulate: bool) -> (Kernel, usize) {
-    let (element, width) = if elements.is_multiple_of(4) { ("vec4<f32>", 4) } else { ("f32", 1) };
-    let header = format!("alias element = {element};\nconst ACCUMULATE: bool = {accumulate};\n");
-    let files = vec![include_str!("../../../wgsl/sum_parts.wgsl")];
-    (Kernel::new("sum_parts", header, files, (256, 1, 1)), width)
+/// The kernel that adds parts of this many elements into f16 (or f32), and how many of them an invocation sums.
+pub fn sum_parts_kernel(elements: usize, accumulate: bool, f16: bool) -> (Kernel, usize) {
+    let lanes = Lanes::of(elements);
+    let constants = format!("const ACCUMULATE: bool = {accumulate};\n");
+    let kernel = lanes.kernel("sum_parts", f16, &constants, &[include_str!("../../../wgsl/sum_parts.wgsl")], 256);
+    (kernel, elements / lanes.count.max(1))
 }
 
-/// out = Σ parts (parts, ...), added to what out holds where `accumulate` says so. All f32.
+/// out = Σ parts (parts, ...), added to what out holds where `accumulate` says so. The parts are f32.
 pub fn sum_parts(parts: &CubeTensor, count: usize, out: &CubeTensor, accumulate: bool) {
     let elements = out.meta.shape().num_elements();
-    let (kernel, width) = sum_parts_kernel(elements, accumulate);
+    let (kernel, width) = sum_parts_kernel(elements, accumulate, out.dtype == DType::F16);
     let groups = (elements / width).div_ceil(256);
     kernel.launch(fold(groups as u32), &[parts, out], &[(elements / width) as u32, count as u32]);
 }

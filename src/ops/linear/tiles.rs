@@ -44,6 +44,17 @@ pub enum Ragged {
     Sums,
 }
 
+/// How many neighbours move between storage and registers at once: what every row of every matrix begins at a multiple of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// One.
+    Singles,
+    /// Four.
+    Quads,
+    /// Eight of f16, for the cooperative kernels; out moves by four.
+    Octs,
+}
+
 /// Everything that makes one kernel's text differ from another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Spec {
@@ -57,9 +68,9 @@ pub struct Spec {
     pub bias: bool,
     /// Whether A, B and out are stored in f16, else f32.
     pub f16: [bool; 3],
-    /// Whether every row of every matrix begins at a multiple of four elements.
-    pub quads: bool,
-    /// What is no multiple of the tile; everything without quads.
+    /// How storage is reached.
+    pub access: Access,
+    /// What is no multiple of the tile; everything by singles.
     pub ragged: Ragged,
     /// Whether A is multiplied by a factor before it is rounded for the matrices.
     pub scaled: bool,
@@ -91,52 +102,75 @@ impl Tile {
     }
 }
 
+/// Workgroups from which on the widest tile pays: three for each of an H200's 132 processors, which hold one at a time.
+const MANY_GROUPS: usize = 3 * 132;
+
 /// The tile for a product of this shape. Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
 pub fn choose(variant: Variant, m: usize, n: usize) -> Tile {
+    // Eight subgroups of 64 x 64 each: the best ratio of products to loads, 43 KB of workgroup memory.
+    const WIDE: Tile = tile(128, 256, 32, 2, 4);
     match variant {
         // Fills Metal's 32 KiB of workgroup memory
         Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 32, 16, 16),
         Variant::Scalar => tile(64, 64, 32, 8, 8),
         Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2),
-        // Eight subgroups of 64 x 64 each: the best ratio of products to loads, 43 KB of workgroup memory.
-        Variant::Coop { .. } if m >= 128 && n >= 256 => tile(128, 256, 32, 2, 4),
+        // An eighth of its columns at most may lie beyond the matrix.
+        Variant::Coop { .. } if WIDE.blocks(m, n) >= MANY_GROUPS && n.next_multiple_of(256) <= n + n / 8 => WIDE,
+        // Twice the depth a step: the barriers of a step cost as much as its products. 48 KB of workgroup memory.
+        Variant::Coop { .. } if m.min(n) >= 128 => tile(128, 128, 64, 2, 4),
         Variant::Coop { .. } => tile(64, 64, 32, 1, 2),
     }
 }
 
-/// Every kernel that a device with these capabilities can be given for f32 tensors.
+/// Every kernel that a device with these capabilities can be given, for f32 tensors and for f16.
 pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
+    let stored = |f16| supported(capabilities, f16).into_iter().map(move |variant| (variant, f16));
+    stored(false).chain(stored(true)).flat_map(|(variant, f16)| kernels_of(variant, f16)).collect()
+}
+
+/// Every kernel of `variant` for tensors of f16 (or f32).
+fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
     let mut kernels = Vec::new();
-    for variant in supported(capabilities, false) {
-        // Every outcome of `choose`.
-        let tiles: HashSet<Tile> = [(1, 1), (128, 128), (4096, 4096)].map(|(m, n)| choose(variant, m, n)).into();
-        for tile in tiles {
-            for (quads, ragged) in
-                [(true, Ragged::Nothing), (true, Ragged::Output), (true, Ragged::Sums), (false, Ragged::Sums)]
-            {
-                let plain = Spec {
-                    variant,
-                    layout: Layout::Nt,
-                    epilogue: Epilogue::Plain,
-                    bias: false,
-                    f16: [false; 3],
-                    quads,
-                    ragged,
-                    scaled: false,
-                    tile,
-                };
-                let forward = [
-                    Epilogue::Plain,
-                    Epilogue::Gelu { tanh: false },
-                    Epilogue::Gelu { tanh: true },
-                    Epilogue::Residual { dropout: false },
-                    Epilogue::Residual { dropout: true },
-                ];
-                for epilogue in forward {
-                    kernels.extend([false, true].map(|bias| kernel(&Spec { epilogue, bias, ..plain })));
-                }
-                // A gradient of few rows is brought into f16's range by 1.
-                for layout in [Layout::Nn, Layout::Tn] {
+    let packs = match variant {
+        Variant::Coop { .. } if f16 => Access::Octs,
+        _ => Access::Quads,
+    };
+    // Every outcome of `choose`.
+    let tiles: HashSet<Tile> = [(1, 1), (128, 128), (4096, 4096)].map(|(m, n)| choose(variant, m, n)).into();
+    for tile in tiles {
+        for (access, ragged) in
+            [(packs, Ragged::Nothing), (packs, Ragged::Output), (packs, Ragged::Sums), (Access::Singles, Ragged::Sums)]
+        {
+            let plain = Spec {
+                variant,
+                layout: Layout::Nt,
+                epilogue: Epilogue::Plain,
+                bias: false,
+                f16: [f16; 3],
+                access,
+                ragged,
+                scaled: false,
+                tile,
+            };
+            let forward = [
+                Epilogue::Plain,
+                Epilogue::Gelu { tanh: false },
+                Epilogue::Gelu { tanh: true },
+                Epilogue::Residual { dropout: false },
+                Epilogue::Residual { dropout: true },
+            ];
+            for epilogue in forward {
+                kernels.extend([false, true].map(|bias| kernel(&Spec { epilogue, bias, ..plain })));
+            }
+            for layout in [Layout::Nn, Layout::Tn] {
+                if f16 {
+                    // A gradient in f16 comes scaled; sums over parts, and a weight's gradient, leave in f32.
+                    let outputs = if layout == Layout::Tn { vec![false] } else { vec![false, true] };
+                    kernels.extend(
+                        outputs.into_iter().map(|out| kernel(&Spec { layout, f16: [true, true, out], ..plain })),
+                    );
+                } else {
+                    // A gradient of few rows is brought into f16's range by 1.
                     kernels.push(kernel(&Spec { layout, ..plain }));
                     kernels.extend(variant.rounds_f32().then(|| kernel(&Spec { layout, scaled: true, ..plain })));
                 }
@@ -148,7 +182,7 @@ pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
 
 /// The kernel of `spec`.
 pub fn kernel(spec: &Spec) -> Kernel {
-    let Spec { variant, layout, epilogue, bias, f16, quads, ragged, scaled, tile } = *spec;
+    let Spec { variant, layout, epilogue, bias, f16, access, ragged, scaled, tile } = *spec;
     let elem = |f16: bool| if f16 { "f16" } else { "f32" };
     let (kind, detail) = match epilogue {
         Epilogue::Plain => ("plain", String::new()),
@@ -160,7 +194,11 @@ pub fn kernel(spec: &Spec) -> Kernel {
     let params = extra + u32::from(epilogue != Epilogue::Plain);
     let multiplies_f16 = matches!(variant, Variant::Coop { f16: true, .. });
     // The comment tells apart what the constants do not: a kernel's identity is its name and its header.
-    let access = if quads { "quads" } else { "singles" };
+    let name = match access {
+        Access::Singles => "singles",
+        Access::Quads => "quads",
+        Access::Octs => "octs",
+    };
     let mut header = String::new();
     if multiplies_f16 || f16.contains(&true) {
         header += "enable f16;\n";
@@ -184,7 +222,7 @@ pub fn kernel(spec: &Spec) -> Kernel {
          const A_BY_K: bool = {};\nconst B_BY_N: bool = {};\n\
          const RAGGED: bool = {};\nconst K_RAGGED: bool = {};\n\
          const BIAS_BINDING: u32 = 3u;\nconst EXTRA: u32 = {extra}u;\nconst PARAMS: u32 = {params}u;\n\
-         // {kind}, {access}, bias: {bias}\n{detail}",
+         // {kind}, {name}, bias: {bias}\n{detail}",
         elem(f16[0]),
         elem(f16[1]),
         elem(f16[2]),
@@ -201,24 +239,25 @@ pub fn kernel(spec: &Spec) -> Kernel {
         Epilogue::Residual { .. } => vec![PHILOX],
         Epilogue::Plain => vec![],
     };
-    files.extend([
-        include_str!("../../../wgsl/linear_params.wgsl"),
-        if quads {
-            include_str!("../../../wgsl/linear_quads.wgsl")
-        } else {
-            include_str!("../../../wgsl/linear_singles.wgsl")
-        },
-        if bias {
-            include_str!("../../../wgsl/linear_bias.wgsl")
-        } else {
-            include_str!("../../../wgsl/linear_no_bias.wgsl")
-        },
-    ]);
+    files.push(include_str!("../../../wgsl/linear_params.wgsl"));
+    if access != Access::Octs {
+        files.push(include_str!("../../../wgsl/linear_pack4.wgsl"));
+    }
+    files.push(match access {
+        Access::Singles => include_str!("../../../wgsl/linear_singles.wgsl"),
+        Access::Quads => include_str!("../../../wgsl/linear_quads.wgsl"),
+        Access::Octs => include_str!("../../../wgsl/linear_octs.wgsl"),
+    });
+    files.push(if bias {
+        include_str!("../../../wgsl/linear_bias.wgsl")
+    } else {
+        include_str!("../../../wgsl/linear_no_bias.wgsl")
+    });
     if epilogue != Epilogue::Plain {
-        files.push(if quads {
-            include_str!("../../../wgsl/linear_extra_quads.wgsl")
-        } else {
+        files.push(if access == Access::Singles {
             include_str!("../../../wgsl/linear_extra_singles.wgsl")
+        } else {
+            include_str!("../../../wgsl/linear_extra_quads.wgsl")
         });
     }
     files.push(match epilogue {

@@ -1,0 +1,96 @@
+//! The type of activations and products, and why it is the one (docs/precision.md has the table of what is which).
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::device::Chosen;
+use crate::kernel::{Kernels, Variant, supported};
+
+/// `dtype` of the configuration, with PyTorch's names beside ours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// By device.
+    #[default]
+    Auto,
+    /// Everything in f32.
+    #[serde(alias = "float32")]
+    #[value(alias = "float32")]
+    F32,
+    /// Activations and products in f16; weights, moments, sums and the loss in f32; a loss scale.
+    #[serde(alias = "float16")]
+    #[value(alias = "float16")]
+    F16,
+}
+
+/// A type with the reason for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precision {
+    /// Whether activations are f16, else f32.
+    pub f16: bool,
+    /// In a few words.
+    pub reason: &'static str,
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "dtype: {} ({})", if self.f16 { "f16" } else { "f32" }, self.reason)
+    }
+}
+
+impl Dtype {
+    /// What a device computes in.
+    ///
+    /// # Errors
+    /// When f16 is asked for and cannot be had: why, and what can.
+    pub fn resolve(self, chosen: &Chosen, kernels: Kernels) -> Result<Precision> {
+        let is_gpu = chosen.adapter.is_some();
+        let variants = supported(&chosen.capabilities, true);
+        let tensor_cores = variants.iter().any(|variant| matches!(variant, Variant::Coop { edge: 16, .. }));
+        let precision = |f16, reason| Ok(Precision { f16, reason });
+        match self {
+            Self::F32 => precision(false, "asked for"),
+            Self::F16 => {
+                ensure!(
+                    is_gpu,
+                    "dtype = f16 needs a GPU, and this is {}; dtype = f32 runs everywhere, auto chooses",
+                    chosen.name
+                );
+                ensure!(
+                    chosen.capabilities.f16,
+                    "dtype = f16: the shaders of {} have no f16; dtype = f32 runs everywhere, auto chooses",
+                    chosen.name
+                );
+                ensure!(
+                    kernels != Kernels::Composed,
+                    "dtype = f16 has kernels of ours only; leave out kernels = composed, or take dtype = f32"
+                );
+                precision(true, "asked for")
+            }
+            Self::Auto if !is_gpu => precision(false, "auto: the CPU computes in f32"),
+            Self::Auto if matches!(kernels, Kernels::Composed | Kernels::Scalar) => {
+                precision(false, "auto: these kernels compute in f32")
+            }
+            Self::Auto if tensor_cores => precision(true, "auto: this GPU multiplies f16 fastest"),
+            Self::Auto if chosen.backend == "metal" => precision(
+                false,
+                "auto: f16 is no faster on most Apple GPUs; dtype = f16 halves the activations' memory",
+            ),
+            Self::Auto => precision(false, "auto: no matrix units that our kernels use"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device;
+
+    #[test]
+    fn f16_on_the_cpu_is_refused_with_what_to_do() {
+        let cpu = device::choose(device::DeviceSpec::Cpu).unwrap();
+        let error = Dtype::F16.resolve(&cpu, Kernels::Auto).unwrap_err().to_string();
+        assert!(error.starts_with("dtype = f16 needs a GPU") && error.contains("dtype = f32"), "{error}");
+        assert!(!Dtype::Auto.resolve(&cpu, Kernels::Auto).unwrap().f16);
+    }
+}

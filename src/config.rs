@@ -11,6 +11,7 @@ use thiserror::Error;
 use crate::kernel::Kernels;
 use crate::model::GptConfig;
 use crate::ops::linear::Gelu;
+use crate::recompute::Recompute;
 
 /// The configuration that bare `gpt-wgpu train` uses.
 pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
@@ -176,6 +177,9 @@ pub struct TrainConfig {
     /// Kernels on a GPU: auto, composed (Burn primitives), scalar, or coop (cooperative matrices)
     #[arg(long, value_enum, default_value_t = Self::default().kernels)]
     pub kernels: Kernels,
+    /// Activations that the backward computes again instead of keeping: none, attention_mlp (all but each half block's input) or block (all but each block's input); either costs a second forward of the blocks, up to a third of a step's time, and gives the same numbers to the bit
+    #[arg(long, value_enum, default_value_t = Self::default().recompute)]
+    pub recompute: Recompute,
     /// Start from: scratch, resume (the last checkpoint in out_dir), or a checkpoint's folder
     #[arg(long, default_value_t = Self::default().init_from)]
     pub init_from: String,
@@ -211,6 +215,7 @@ impl Default for TrainConfig {
             out_dir: "out".into(),
             device: "auto".into(),
             kernels: Kernels::Auto,
+            recompute: Recompute::None,
             init_from: "scratch".into(),
             seed: 1337,
             max_iters: 600_000,

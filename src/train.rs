@@ -17,6 +17,7 @@ use crate::model::{Gpt, GptConfig};
 use crate::ops::dropout::Dropout;
 use crate::optim::{self, GradientSum, Optimizer};
 use crate::profile;
+use crate::recompute;
 
 /// What a run starts from.
 pub enum Start {
@@ -212,7 +213,7 @@ impl Step<'_> {
     /// and waits for nothing.
     ///
     /// # Errors
-    /// When there is no batch.
+    /// When there is no batch, or for a fault of this program.
     pub fn run(&self, model: Gpt, optimizer: &mut Optimizer, position: &mut u64, lr: f64) -> Result<(Gpt, Stepped)> {
         let accumulation = self.config.data.gradient_accumulation_steps;
         let (seed, probability) = (self.config.train.seed, self.config.model.dropout as f32);
@@ -222,9 +223,7 @@ impl Step<'_> {
             let (tokens, targets) = (self.batch)(*position)?;
             let dropout = Dropout { probability, seed, step: *position as u32, site: 0 };
             *position += 1;
-            let loss = model.loss(tokens, targets, dropout) / accumulation as f64;
-            gradients.add(&model, &mut loss.backward());
-            let loss = loss.inner();
+            let loss = recompute::gradients(&model, tokens, targets, dropout, self.config, &mut gradients)?;
             loss_sum = Some(match loss_sum {
                 Some(sum) => sum + loss,
                 None => loss,

@@ -77,7 +77,8 @@ def report(args, samples, losses, **known):
         sys.exit(f"a loss is not finite, so the times mean nothing: {losses}")
     config = shapes(args) | {"gelu": "erf", "gradient_accumulation_steps": 1}
     median = statistics.median(samples)
-    order = ["program", "program_version", "commit", "machine", "device", "date", "dtype", "products", "kernels", "compiled"]
+    order = ["program", "program_version", "commit", "machine", "device", "date", "dtype", "products", "kernels",
+             "recompute", "compiled"]
     known["machine"] = {"os": os_name(), "arch": platform.machine(), "cpu": cpu_name(), "threads": known.pop("threads")}
     known["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {

@@ -106,6 +106,7 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     report.commit = option_env!("GPT_WGPU_COMMIT").map(String::from);
     report.products = products;
     report.kernels = Some(kernels(bench));
+    report.recompute = config.train.recompute.word().map(String::from);
     let peak = if bench.peak { Some(matrix(chosen)?) } else { None };
     let profile = if bench.ops && chosen.adapter.is_some() {
         let peaks = match &peak {

@@ -12,6 +12,7 @@ use crate::kernel::Kernels;
 use crate::model::GptConfig;
 use crate::ops::linear::Gelu;
 use crate::precision::Dtype;
+use crate::recompute::Recompute;
 
 /// The configuration that bare `gpt-wgpu train` uses.
 pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
@@ -184,6 +185,9 @@ pub struct TrainConfig {
     /// Activations and products: f32, f16 (weights, sums and the loss stay f32), or auto (by device)
     #[arg(long, value_enum, default_value_t = Self::default().dtype)]
     pub dtype: Dtype,
+    /// Activations that the backward computes again instead of keeping: none, attention_mlp (all but each half block's input) or block (all but each block's input); either costs a second forward of the blocks, up to a third of a step's time, and gives the same numbers to the bit
+    #[arg(long, value_enum, default_value_t = Self::default().recompute)]
+    pub recompute: Recompute,
     /// Start from: scratch, resume (the last checkpoint in out_dir), or a checkpoint's folder
     #[arg(long, default_value_t = Self::default().init_from)]
     pub init_from: String,
@@ -220,6 +224,7 @@ impl Default for TrainConfig {
             device: "auto".into(),
             kernels: Kernels::Auto,
             dtype: Dtype::Auto,
+            recompute: Recompute::None,
             init_from: "scratch".into(),
             seed: 1337,
             max_iters: 600_000,

@@ -39,6 +39,8 @@ pub mod precision;
 pub mod prepare;
 /// One step taken apart by kernel.
 pub mod profile;
+/// The gradients of one micro-step, with activations kept or computed again.
+pub mod recompute;
 /// One measurement as a versioned JSON report.
 pub mod report;
 /// Random numbers as a function of where they are used.

@@ -170,19 +170,35 @@ impl Block {
         }
     }
 
-    /// x (B, T, C) -> (B, T, C); `site` is the block's first dropout.
-    fn forward(&self, x: Tensor<3>, config: &GptConfig, dropout: Dropout, site: u32) -> Tensor<3> {
-        let (attn, mlp) = (&self.attn, &self.mlp);
+    /// x + attention(norm(x)): x (B, T, C) -> (B, T, C); `site` is the block's first dropout.
+    fn attention(&self, x: Tensor<3>, config: &GptConfig, dropout: Dropout, site: u32) -> Tensor<3> {
+        let attn = &self.attn;
         let normed = self.ln_1.forward(x.clone());
-        let [qkv, out, up, down] =
-            [&attn.c_attn, &attn.c_proj, &mlp.c_fc, &mlp.c_proj].map(|linear| weight_for(&linear.weight, &x));
+        let [qkv, out] = [&attn.c_attn, &attn.c_proj].map(|linear| weight_for(&linear.weight, &x));
         let qkv = linear(normed, qkv, value(&attn.c_attn.bias)); // (B, T, 3C)
         let heads = causal_attention(qkv, config.n_head, dropout.at(site)); // (B, T, C)
-        let x = linear_residual(heads, out, value(&attn.c_proj.bias), x, dropout.at(site + 1)); // (B, T, C)
+        linear_residual(heads, out, value(&attn.c_proj.bias), x, dropout.at(site + 1)) // (B, T, C)
+    }
+
+    /// x + mlp(norm(x)): x (B, T, C) -> (B, T, C); `site` is the block's first dropout.
+    fn mlp(&self, x: Tensor<3>, config: &GptConfig, dropout: Dropout, site: u32) -> Tensor<3> {
+        let mlp = &self.mlp;
         let normed = self.ln_2.forward(x.clone());
+        let [up, down] = [&mlp.c_fc, &mlp.c_proj].map(|linear| weight_for(&linear.weight, &x));
         let hidden = linear_gelu(normed, up, value(&mlp.c_fc.bias), config.gelu); // (B, T, 4C)
         linear_residual(hidden, down, value(&mlp.c_proj.bias), x, dropout.at(site + 2)) // (B, T, C)
     }
+}
+
+/// A block, or half of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// x + attention(norm(x)).
+    Attention,
+    /// x + mlp(norm(x)).
+    Mlp,
+    /// The one, then the other.
+    Both,
 }
 
 impl Gpt {
@@ -203,38 +219,62 @@ impl Gpt {
         }
     }
 
+    /// The first block's input for tokens (B, T), T <= block_size -> (B, T, C).
+    pub fn embed(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<3> {
+        embedding(tokens, self.wte.weight.val(), self.wpe.weight.val(), dropout.at(rng::site::DROPOUT), self.f16)
+    }
+
+    /// One block or half of it: x (B, T, C) -> (B, T, C).
+    ///
+    /// # Panics
+    /// When there is no block `index`.
+    pub fn block(&self, index: usize, part: Part, x: Tensor<3>, dropout: Dropout) -> Tensor<3> {
+        let (block, config) = (&self.h[index], &self.config);
+        let site = rng::site::DROPOUT + 1 + SITES_PER_BLOCK * index as u32;
+        match part {
+            Part::Attention => block.attention(x, config, dropout, site),
+            Part::Mlp => block.mlp(x, config, dropout, site),
+            Part::Both => block.mlp(block.attention(x, config, dropout, site), config, dropout, site),
+        }
+    }
+
+    /// The last block's output for tokens (B, T), T <= block_size -> (B, T, C).
+    fn blocks(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<3> {
+        let x = self.embed(tokens, dropout);
+        (0..self.h.len()).fold(x, |x, index| self.block(index, Part::Both, x, dropout))
+    }
+
     /// The last block's normed output for tokens (B, T), T <= block_size -> (B, T, C).
     pub fn hidden(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<3> {
-        let (wte, wpe) = (self.wte.weight.val(), self.wpe.weight.val());
-        let mut x = embedding(tokens, wte, wpe, dropout.at(rng::site::DROPOUT), self.f16); // (B, T, C)
-        let mut site = rng::site::DROPOUT + 1;
-        for block in &self.h {
-            x = block.forward(x, &self.config, dropout, site);
-            site += SITES_PER_BLOCK;
-        }
-        self.ln_f.forward(x)
+        self.ln_f.forward(self.blocks(tokens, dropout))
     }
 
     /// Mean cross-entropy in nats of tokens (B, T) against targets (B, T), -1 being ignored -> (1).
     pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>, dropout: Dropout) -> Tensor<1> {
-        let x = self.hidden(tokens, dropout);
-        let head = weight_for(&self.wte.weight, &x);
-        cross_entropy(x, head, targets)
+        self.head_loss(self.blocks(tokens, dropout), targets, None)
     }
 
-    /// As [`Gpt::loss`] of one of `parts` micro-batches: its gradients are multiplied by the first element of `scale`, the
-    /// loss scale, and divided by `parts`.
+    /// [`Gpt::loss`] from the last block's output x (B, T, C), its gradients scaled.
+    pub fn head_loss(&self, x: Tensor<3>, targets: Tensor<2, Int>, scale: Option<Scale>) -> Tensor<1> {
+        let x = self.ln_f.forward(x);
+        let head = weight_for(&self.wte.weight, &x);
+        match scale {
+            Some(Scale { factor, parts }) => {
+                cross_entropy_scaled(x, head, targets, Some(Tensor::from_inner(factor)), parts)
+            }
+            None => cross_entropy(x, head, targets),
+        }
+    }
+
+    /// As [`Gpt::loss`], its gradients scaled.
     pub fn scaled_loss(
         &self,
         tokens: Tensor<2, Int>,
         targets: Tensor<2, Int>,
         dropout: Dropout,
-        scale: Tensor<1>,
-        parts: usize,
+        scale: Scale,
     ) -> Tensor<1> {
-        let x = self.hidden(tokens, dropout);
-        let head = weight_for(&self.wte.weight, &x);
-        cross_entropy_scaled(x, head, targets, Some(scale), parts)
+        self.head_loss(self.blocks(tokens, dropout), targets, Some(scale))
     }
 
     /// Logits of every position: tokens (B, T) -> (B, T, V) f32.
@@ -253,6 +293,15 @@ impl Gpt {
         let head = weight_for(&self.wte.weight, &last);
         linear(last, head, None).cast(DType::F32)
     }
+}
+
+/// What the gradients of a micro-batch's loss are multiplied and divided by; the loss itself is not.
+#[derive(Clone, Debug)]
+pub struct Scale {
+    /// Its first element multiplies: the loss scale, without autodiff.
+    pub factor: Tensor<1>,
+    /// Micro-batches of the step: divides.
+    pub parts: usize,
 }
 
 /// Dropouts in a block: attention probabilities and the two residual branches.

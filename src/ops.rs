@@ -5,6 +5,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod cast;
+pub mod cotangent;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use burn::module::Module;
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
 use crate::checkpoint::read;
@@ -75,6 +76,11 @@ pub struct LastStep {
 }
 
 /// Gradients of one step by parameter name, flattened and summed over its micro-steps.
+///
+/// Each sum is made in place: nothing else holds it, so Burn adds into its memory. What accumulation costs is therefore one set of
+/// gradients, 4 bytes a parameter, that stays alive during the next micro-step; a micro-step's own gradients and activations are
+/// gone before the next one begins. Where activations are computed again, gradients arrive by the segment, and the second set
+/// is never larger than one segment's.
 #[derive(Default)]
 pub struct GradientSum {
     sum: BTreeMap<Name, Tensor<1>>,
@@ -85,6 +91,12 @@ impl GradientSum {
     pub fn add(&mut self, model: &Gpt, gradients: &mut Gradients) {
         let sum = &mut self.sum;
         parameters::visit(model, &mut Add { sum, gradients });
+    }
+
+    /// Adds the gradients of the part of the model that stands at `path`, such as `h.0`.
+    pub fn add_part(&mut self, path: &str, part: &impl Module, gradients: &mut Gradients) {
+        let sum = &mut self.sum;
+        parameters::visit_part(path, part, &mut Add { sum, gradients });
     }
 
     /// One parameter's gradient.

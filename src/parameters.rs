@@ -22,6 +22,11 @@ pub fn visit(model: &Gpt, visitor: &mut impl Visit) {
     model.visit(&mut Walker::new(visitor));
 }
 
+/// Calls `visitor` with every parameter of `part`, which stands at `path` in the model, such as `h.0`.
+pub fn visit_part(path: &str, part: &impl Module, visitor: &mut impl Visit) {
+    part.visit(&mut Walker { inner: visitor, path: vec![path.to_string()] });
+}
+
 /// `model` with every parameter replaced by what `mapper` makes of it.
 pub fn map(model: Gpt, mapper: &mut impl Map) -> Gpt {
     model.map(&mut Walker::new(mapper))

@@ -42,6 +42,8 @@ pub struct BenchReport {
     pub products: Option<String>,
     /// Which kernels ran, where the program has several.
     pub kernels: Option<String>,
+    /// What the backward computed again instead of keeping it: `attention_mlp`, `block`; `None` where it kept everything.
+    pub recompute: Option<String>,
     /// Whether a graph compiler (torch.compile, mx.compile) ran; `None` where there is no such choice.
     pub compiled: Option<bool>,
     /// The model and the batch.

@@ -13,11 +13,12 @@ use crate::config::Config;
 use crate::data::{Batch, Dataset, Split};
 use crate::device;
 use crate::metrics::{NANOGPT_PEAK, Record, Reporter};
-use crate::model::{Gpt, GptConfig};
+use crate::model::{Gpt, GptConfig, Scale};
 use crate::ops::dropout::Dropout;
 use crate::ops::verdict;
 use crate::optim::{self, GradientSum, LastStep, Optimizer};
 use crate::profile;
+use crate::recompute;
 
 /// What a run starts from.
 pub enum Start {
@@ -212,7 +213,7 @@ impl Step<'_> {
     /// and waits for nothing. Returns the model and, still on the device, the sum of the micro-batches' losses in nats, (1).
     ///
     /// # Errors
-    /// When there is no batch.
+    /// When there is no batch, or for a fault of this program.
     pub fn run(&self, model: Gpt, optimizer: &mut Optimizer, position: &mut u64, lr: f64) -> Result<(Gpt, Tensor<1>)> {
         let parts = self.config.data.gradient_accumulation_steps;
         let (seed, probability) = (self.config.train.seed, self.config.model.dropout as f32);
@@ -223,9 +224,9 @@ impl Step<'_> {
             let dropout = Dropout { probability, seed, step: *position as u32, site: 0 };
             *position += 1;
             // The gradients come multiplied by the loss scale and divided by the number of micro-batches.
-            let loss = model.scaled_loss(tokens, targets, dropout, Tensor::from_inner(optimizer.memory.clone()), parts);
-            gradients.add(&model, &mut loss.backward());
-            let loss = loss.inner();
+            let scale = Scale { factor: optimizer.memory.clone(), parts };
+            let recompute = self.config.train.recompute;
+            let loss = recompute::gradients(&model, tokens, targets, dropout, scale, recompute, &mut gradients)?;
             loss_sum = Some(match loss_sum {
                 Some(sum) => sum + loss,
                 None => loss,

@@ -227,6 +227,23 @@ fn an_unwritable_out_dir_is_refused() {
 }
 
 #[test]
+fn a_resumed_run_goes_on_computing_again_and_ends_with_the_same_weights() {
+    let weights = |sandbox: &Sandbox| std::fs::read(sandbox.path("out/checkpoints/last/model.safetensors")).unwrap();
+    let flags = ["--max-iters=6", "--gradient-accumulation-steps=2", "--dropout=0.1"];
+    let (kept, again) = (Sandbox::new(), Sandbox::new());
+    assert!(kept.train(&flags).status.success());
+    let output = again.train(&[&flags[1..], &["--recompute=block"]].concat());
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(weights(&kept) != weights(&again), "four of six iterations");
+    std::fs::remove_file(again.path("out/config.toml")).unwrap();
+    let output = again.run(&["train", "--resume", "--out-dir=out", "--max-iters=6"]);
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(std::fs::read_to_string(again.path("out/config.toml")).unwrap().contains("recompute = \"block\""));
+    assert!(weights(&kept) == weights(&again));
+    refused(&again.train(&["--recompute=all"]), 2, &["--recompute", "none, attention_mlp, block"]);
+}
+
+#[test]
 fn resume_goes_on_and_refuses_contradictions() {
     let sandbox = Sandbox::new();
     refused(&sandbox.run(&["train", "--resume", "--out-dir=none"]), 1, &["no checkpoint", "none"]);

@@ -4,6 +4,7 @@ mod common;
 
 use std::process::{Command, Output};
 
+use common::adapter;
 use gpt_wgpu::report::{Backend, BenchReport};
 use tempfile::TempDir;
 
@@ -59,15 +60,6 @@ fn refused(output: &Output, code: i32, parts: &[&str]) {
         assert!(text(output).contains(part), "no {part:?} in: {}", text(output));
     }
     assert!(!text(output).contains("panicked"), "{}", text(output));
-}
-
-/// What `--device` takes for the adapter that the tests run on.
-fn adapter() -> Option<String> {
-    if common::gpu().is_none() {
-        eprintln!("SKIPPED: no GPU adapter");
-        return None;
-    }
-    Some(std::env::var("GPT_WGPU_DEVICE").unwrap_or_else(|_| "vulkan".into()))
 }
 
 #[test]

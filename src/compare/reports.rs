@@ -99,6 +99,7 @@ fn label_parts(reports: &[Named<BenchReport>]) -> Vec<Vec<String>> {
             report.compiled.map(|compiled| if compiled { "compiled" } else { "eager" }).unwrap_or_default().into(),
             report.device.name.clone(),
             report.kernels.clone().unwrap_or_default(),
+            report.recompute.as_ref().map(|what| format!("recompute {what}")).unwrap_or_default(),
             report.program_version.clone(),
             stem,
         ];
@@ -133,6 +134,7 @@ impl ReportRow {
             ("program", Some(format!("{} {}", self.program(), report.program_version))),
             ("commit", report.commit.as_ref().map(|commit| commit.chars().take(12).collect())),
             ("kernels", report.kernels.clone()),
+            ("recompute", report.recompute.clone()),
             ("dtype", Some(report.dtype.name().into())),
             ("products", report.products.clone()),
             ("device", Some(report.device.name.clone())),
@@ -294,7 +296,8 @@ impl Render for Comparison {
         }
         text += &wrap(&format!("Config: {}", self.config()), 110, 2);
         for row in &self.rows {
-            let shown = ["program", "commit", "kernels", "device", "driver", "system", "cpu", "timed", "timer"];
+            let shown =
+                ["program", "commit", "kernels", "recompute", "device", "driver", "system", "cpu", "timed", "timer"];
             let details = row.details();
             let values =
                 details.iter().filter(|(key, _)| shown.contains(key)).filter_map(|(_, value)| value.as_deref());

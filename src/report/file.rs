@@ -88,6 +88,7 @@ impl BenchReport {
             dtype,
             products: None,
             kernels: None,
+            recompute: None,
             compiled: None,
             data: None,
             warmup,

@@ -42,6 +42,15 @@ pub fn gpu() -> Option<Device> {
     .clone()
 }
 
+/// What `--device` takes for the adapter that the tests run on.
+pub fn adapter() -> Option<String> {
+    if gpu().is_none() {
+        eprintln!("SKIPPED: no GPU adapter");
+        return None;
+    }
+    Some(std::env::var("GPT_WGPU_DEVICE").unwrap_or_else(|_| "vulkan".into()))
+}
+
 /// Reproducible values in about [-1, 1).
 pub struct Random(pub u64);
 

@@ -1,0 +1,176 @@
+//! Activations computed again: the same numbers to the bit, in less memory. And what accumulation adds to it.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use burn::tensor::{Device, Int, Tensor};
+use common::guarded::primitive;
+use common::*;
+use gpt_wgpu::checkpoint::read;
+use gpt_wgpu::config::Config;
+use gpt_wgpu::data::Batch;
+use gpt_wgpu::model::Gpt;
+use gpt_wgpu::ops::dropout::Dropout;
+use gpt_wgpu::optim::{GradientSum, Optimizer};
+use gpt_wgpu::parameters::{self, Visit};
+use gpt_wgpu::recompute::{self, Recompute};
+use gpt_wgpu::report::BenchReport;
+use gpt_wgpu::train::{self, Step};
+
+const VOCABULARY: usize = 37;
+
+/// Bits of a tensor's elements, by name.
+#[derive(Debug, Default)]
+struct Bits(BTreeMap<String, Vec<u32>>);
+
+impl Bits {
+    fn insert<const D: usize>(&mut self, name: &str, tensor: Tensor<D>) {
+        self.0.insert(name.into(), read(tensor).unwrap().into_iter().map(f32::to_bits).collect());
+    }
+}
+
+impl Visit for Bits {
+    fn parameter<const D: usize>(&mut self, name: &str, tensor: &Tensor<D>) {
+        self.insert(name, tensor.clone().inner());
+    }
+}
+
+/// A small model with everything in it: dropout, biases, accumulation.
+fn config(recompute: Recompute) -> Config {
+    let mut config = Config::default();
+    config.model.n_layer = 3;
+    config.model.n_head = 2;
+    config.model.n_embd = 32;
+    config.model.block_size = 19;
+    config.model.dropout = 0.1;
+    config.model.bias = true;
+    config.data.batch_size = 3;
+    config.data.gradient_accumulation_steps = 2;
+    config.train.recompute = recompute;
+    config
+}
+
+/// Random tokens and targets.
+fn batch(config: &Config, position: u64, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
+    let (mut random, count) = (Random(position + 1), config.data.batch_size * config.model.block_size);
+    let mut draw = || (0..count).map(|_| random.below(VOCABULARY) as i32).collect();
+    train::upload(&Batch { x: draw(), y: draw() }, config.data.batch_size, device)
+}
+
+/// Losses, gradient norms and parameters of three steps.
+fn three_steps(device: &Device, recompute: Recompute) -> Bits {
+    let (config, device) = (config(recompute), device.clone().autodiff());
+    let batch = |position| Ok(batch(&config, position, &device));
+    let step = Step { config: &config, batch: &batch };
+    let mut model = Gpt::init(&config.gpt(VOCABULARY), 7, &device);
+    let (mut optimizer, mut position, mut bits) = (Optimizer::default(), 0, Bits::default());
+    for i in 0..3 {
+        let (updated, stepped) = step.run(model, &mut optimizer, &mut position, 1e-3).unwrap();
+        model = updated;
+        bits.insert(&format!("loss {i}"), stepped.loss.unwrap());
+        bits.insert(&format!("norm {i}"), stepped.norm.unwrap());
+    }
+    assert_eq!(position, 6);
+    parameters::visit(&model, &mut bits);
+    bits
+}
+
+#[test]
+fn what_is_computed_again_is_the_same_to_the_bit() {
+    for (device_name, device) in devices() {
+        let want = three_steps(&device, Recompute::None);
+        assert_eq!(want.0.len(), 6 + 2 + 3 * 12 + 2, "losses, norms, embeddings, blocks, last norm");
+        assert_ne!(want.0["loss 0"], want.0["loss 2"]);
+        for recompute in [Recompute::AttentionMlp, Recompute::Block] {
+            let got = three_steps(&device, recompute);
+            let differ: Vec<_> = want.0.iter().filter(|(name, bits)| got.0.get(*name) != Some(bits)).collect();
+            let names: Vec<_> = differ.into_iter().map(|(name, _)| name).collect();
+            assert!(names.is_empty() && got.0.len() == want.0.len(), "{device_name} {recompute:?}: {names:?}");
+        }
+    }
+}
+
+/// The names of a model's parameters.
+#[derive(Default)]
+struct Names(Vec<String>);
+
+impl Visit for Names {
+    fn parameter<const D: usize>(&mut self, name: &str, _: &Tensor<D>) {
+        self.0.push(name.into());
+    }
+}
+
+#[test]
+fn gradients_are_summed_in_place() {
+    let Some(device) = gpu() else {
+        eprintln!("SKIPPED: no GPU adapter");
+        return;
+    };
+    let device = device.autodiff();
+    for recompute in [Recompute::None, Recompute::AttentionMlp, Recompute::Block] {
+        let config = config(recompute);
+        let model = Gpt::init(&config.gpt(VOCABULARY), 7, &device);
+        let mut names = Names::default();
+        parameters::visit(&model, &mut names);
+        let mut sum = GradientSum::default();
+        let mut places = |position| -> Vec<_> {
+            let (tokens, targets) = batch(&config, position, &device);
+            let dropout = Dropout { probability: 0.1, seed: 1, step: position as u32, site: 0 };
+            recompute::gradients(&model, tokens, targets, dropout, &config, &mut sum).unwrap();
+            let place = |name: &String| primitive(sum.get(name).unwrap().clone()).handle.binding().memory.id();
+            names.0.iter().map(place).collect()
+        };
+        let first = places(0);
+        assert_eq!(places(1), first, "{recompute:?}");
+    }
+}
+
+/// A model of the memory tests: its activations are much larger than its weights.
+const DEEP: &[&str] = &[
+    "--n-layer=8",
+    "--n-head=2",
+    "--n-embd=64",
+    "--block-size=64",
+    "--batch-size=8",
+    "--dropout=0",
+    "--dataset=builtin",
+    "--iters=1",
+    "--warmup=1",
+    "--no-peak",
+    "--json=report.json",
+];
+
+/// Most bytes that the adapter's allocator held in a process of its own that trained the deep model.
+fn peak(adapter: &str, recompute: &str, accumulation: usize) -> u64 {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gpt-wgpu"));
+    command.arg("bench").args(DEEP).arg(format!("--device={adapter}")).arg(format!("--recompute={recompute}"));
+    command.arg(format!("--gradient-accumulation-steps={accumulation}")).current_dir(dir.path());
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report = BenchReport::read(&dir.path().join("report.json")).unwrap();
+    assert_eq!(report.recompute.as_deref().unwrap_or("none"), recompute);
+    report.peak_memory_bytes.unwrap()
+}
+
+#[test]
+fn computing_again_takes_less_memory() {
+    let Some(adapter) = adapter() else { return };
+    let all = peak(&adapter, "none", 1);
+    for recompute in ["attention_mlp", "block"] {
+        let less = peak(&adapter, recompute, 1);
+        eprintln!("{recompute}: {less} bytes, {all} with everything kept");
+        assert!(less < all / 3 * 2, "{recompute}: {less} bytes, {all} with everything kept");
+    }
+}
+
+/// A second set of activations would nearly double the peak; the sum of the gradients is a fifteenth of it.
+#[test]
+fn accumulation_keeps_no_activations() {
+    let Some(adapter) = adapter() else { return };
+    let (one, three) = (peak(&adapter, "none", 1), peak(&adapter, "none", 3));
+    eprintln!("{three} bytes with three micro-steps, {one} with one");
+    assert!(three < one + one / 4, "{three} bytes with three micro-steps, {one} with one");
+}

@@ -77,10 +77,10 @@ def plot(runs, labels, steps, path):
     except ImportError:
         sys.exit("--png needs matplotlib (pip install matplotlib); the table needs nothing")
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(8, 7), layout="constrained")
-    for run, label in zip(runs, labels):
-        above.plot(steps, [run[s] for s in steps], label=label)
-        if run is not runs[0]:
-            below.semilogy(steps, [abs(run[s] - runs[0][s]) for s in steps], label=label)
+    for i, (run, label) in enumerate(zip(runs, labels)):
+        above.plot(steps, [run[s] for s in steps], color=f"C{i}", label=label)
+        if i:
+            below.semilogy(steps, [abs(run[s] - runs[0][s]) for s in steps], color=f"C{i}")
     above.set_ylabel("loss, nats")
     below.set(xlabel="step", ylabel=f"distance from {labels[0]}, nats")
     above.legend()

@@ -65,14 +65,14 @@ def parse_args():
         doc = tomllib.loads(args.config.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         ap.error(f"{args.config}: {error}")
-    if doc.get("train", {}).pop("init_from", "scratch") != "scratch":
-        ap.error(f"{args.config}: init_from is not scratch, and nothing else is possible here")
     for table, keys in doc.items():
+        if table not in DEFAULTS or not isinstance(keys, dict):
+            ap.error(f"{args.config}: `{table}` is none of the tables {', '.join(DEFAULTS)}")
         for key, value in keys.items():
-            if key in DEFAULTS.get(table, ()):
+            if key in DEFAULTS[table]:
                 config[key] = type(flat[key])(value)
-            elif key not in IGNORED:
-                ap.error(f"{args.config}: unknown key `{key}` in [{table}]")
+            elif (key, value) != ("init_from", "scratch") and key not in IGNORED:
+                ap.error(f"{args.config}: {key} = {value} in [{table}] has no meaning here")
     if args.out_dir is None:
         config["out_dir"] += "-pytorch"  # gpt-wgpu's own run may lie in the folder that the file names
     config |= {key: value for key, value in vars(args).items() if key in flat and value is not None}

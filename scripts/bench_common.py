@@ -25,12 +25,17 @@ def boolean(text):
     return text.lower() == "true"
 
 
+def add_keys(ap, defaults):
+    """A flag for every key of a configuration, with _ or with -; None where it is not given."""
+    for name, default in defaults.items():
+        kind = dict(type=boolean, nargs="?", const=True) if type(default) is bool else dict(type=type(default))
+        ap.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **kind, help=f"({default})")
+
+
 def add_arguments(ap):
     """The flags that every peer has: shapes, iterations, files."""
     ap.add_argument("--config", type=Path, metavar="TOML", help="nanoGPT's names, in whatever tables; other keys are ignored")
-    for name, default in SHAPES.items():
-        kind = dict(type=boolean, nargs="?", const=True) if type(default) is bool else dict(type=type(default))
-        ap.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **kind, help=f"({default})")
+    add_keys(ap, SHAPES)
     ap.add_argument("--warmup", type=int, default=5, help="iterations before the timed ones, at least 1 (%(default)s)")
     ap.add_argument("--iters", type=int, default=20, help="timed iterations (%(default)s)")
     ap.add_argument("--json", type=Path, metavar="FILE", help="write the result there")

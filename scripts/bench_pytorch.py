@@ -21,41 +21,24 @@ import json
 import platform
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
 
 from bench_common import add_arguments, cpu_name, report, shapes, tell, verdict
 from gpt_torch import GPT, GPTConfig, decay_groups, load_hf
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from torch_common import add_torch_arguments, fused_adamw, precision, settle, synchronise
 
 
 def parse_args():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--device", choices=["cpu", "cuda", "mps"], help="the best that is there, unless given")
-    ap.add_argument("--dtype", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="bf16, fp16: autocast (%(default)s)")
-    ap.add_argument("--compile", action="store_true", help="torch.compile the model")
-    ap.add_argument("--threads", type=int, help="CPU threads of PyTorch")
+    add_torch_arguments(ap)
     add_arguments(ap)
     args = ap.parse_args()
     if args.warmup < 1 or args.iters < 1:
         ap.error("--warmup and --iters must be at least 1")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    args.device = args.device or next(d for d, there in available.items() if there)
-    if not available[args.device]:
-        ap.error(f"--device {args.device}: this PyTorch ({torch.__version__}) finds none")
-    if args.dtype == "tf32" and args.device != "cuda":
-        ap.error("--dtype tf32 exists on --device cuda only")
+    settle(ap, args)
     return args
-
-
-def synchronise(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elif device == "mps":
-        torch.mps.synchronize()
 
 
 def driver(device):
@@ -72,27 +55,15 @@ def driver(device):
     return None
 
 
-def fused_adamw(groups, **options):
-    """AdamW, fused where this PyTorch has it for the device; and whether it is."""
-    try:
-        return torch.optim.AdamW(groups, **options, fused=True), True
-    except RuntimeError:
-        return torch.optim.AdamW(groups, **options), False
-
-
 def bench(args):
     """Runs warm-up and timed iterations; returns the result as the JSON has it."""
     config, device = shapes(args), args.device
     B = config["batch_size"]
     torch.manual_seed(1337)
-    # As nanoGPT does, TF32 is allowed beside autocast; fp32 means fp32.
-    torch.set_float32_matmul_precision("highest" if args.dtype == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = args.dtype != "fp32"
+    autocast, scaler = precision(args)
     cfg = GPTConfig(**{k: v for k, v in config.items() if k != "batch_size"})
     model = GPT(cfg).to(device).train()
     step_model = torch.compile(model) if args.compile else model
-    autocast = torch.autocast(device, AUTOCAST[args.dtype]) if args.dtype in AUTOCAST else nullcontext()
-    scaler = torch.amp.GradScaler(device, enabled=args.dtype == "fp16")
     optim, fused = fused_adamw(decay_groups(model, 0.1), lr=6e-4, betas=(0.9, 0.95))
     text = torch.randint(cfg.vocab_size, (8, B, cfg.block_size + 1)).to(device)  # eight batches, used in turn
     xs, ys = text[..., :-1].contiguous(), text[..., 1:].contiguous()
@@ -172,8 +143,6 @@ def check(args, tolerance=1e-5):
 
 def main():
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.check:
         sys.exit(0 if check(args) else 1)
     tell(bench(args), args.json)

@@ -4,13 +4,13 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::attention::causal_attention;
+use crate::ops::block::{Parameters, attention_block, mlp_block};
 use crate::ops::cast::to_f16;
 use crate::ops::cross_entropy::{cross_entropy, cross_entropy_scaled};
 use crate::ops::dropout::Dropout;
 use crate::ops::embedding::embedding;
 use crate::ops::layer_norm::layer_norm;
-use crate::ops::linear::{Gelu, linear, linear_gelu, linear_residual};
+use crate::ops::linear::{Gelu, linear};
 use crate::rng;
 
 /// The numbers that fix the model's tensors.
@@ -173,20 +173,23 @@ impl Block {
     /// x + attention(norm(x)): x (B, T, C) -> (B, T, C); `site` is the block's first dropout.
     fn attention(&self, x: Tensor<3>, config: &GptConfig, dropout: Dropout, site: u32) -> Tensor<3> {
         let attn = &self.attn;
-        let normed = self.ln_1.forward(x.clone());
-        let [qkv, out] = [&attn.c_attn, &attn.c_proj].map(|linear| weight_for(&linear.weight, &x));
-        let qkv = linear(normed, qkv, value(&attn.c_attn.bias)); // (B, T, 3C)
-        let heads = causal_attention(qkv, config.n_head, dropout.at(site)); // (B, T, C)
-        linear_residual(heads, out, value(&attn.c_proj.bias), x, dropout.at(site + 1)) // (B, T, C)
+        let parameters = half(&self.ln_1, &attn.c_attn, &attn.c_proj);
+        attention_block(x, parameters, config.n_head, [dropout.at(site), dropout.at(site + 1)]) // (B, T, C)
     }
 
     /// x + mlp(norm(x)): x (B, T, C) -> (B, T, C); `site` is the block's first dropout.
     fn mlp(&self, x: Tensor<3>, config: &GptConfig, dropout: Dropout, site: u32) -> Tensor<3> {
-        let mlp = &self.mlp;
-        let normed = self.ln_2.forward(x.clone());
-        let [up, down] = [&mlp.c_fc, &mlp.c_proj].map(|linear| weight_for(&linear.weight, &x));
-        let hidden = linear_gelu(normed, up, value(&mlp.c_fc.bias), config.gelu); // (B, T, 4C)
-        linear_residual(hidden, down, value(&mlp.c_proj.bias), x, dropout.at(site + 2)) // (B, T, C)
+        let parameters = half(&self.ln_2, &self.mlp.c_fc, &self.mlp.c_proj);
+        mlp_block(x, parameters, config.gelu, dropout.at(site + 2)) // (B, T, C)
+    }
+}
+
+/// The parameters of half a block.
+fn half(norm: &LayerNorm, inner: &Linear, outer: &Linear) -> Parameters {
+    Parameters {
+        norm: (norm.weight.val(), value(&norm.bias)),
+        inner: (inner.weight.val(), value(&inner.bias)),
+        outer: (outer.weight.val(), value(&outer.bias)),
     }
 }
 

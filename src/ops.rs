@@ -4,6 +4,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod block;
 pub mod cast;
 pub mod cotangent;
 pub mod cross_entropy;

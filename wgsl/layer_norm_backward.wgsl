@@ -7,12 +7,13 @@
 // adding up dw and db of its columns in registers: x and dy are read once for all three results. Which rows a team gets
 // depends on the grid alone, so equal grids give equal bits. Prepend lanes4.wgsl or lanes1.wgsl.
 //
-// Header: elem, WIDTH, LANES (C / WIDTH), TEAM (32 .. THREADS), THREADS.
+// Header: elem, WIDTH, LANES (C / WIDTH), TEAM (32 .. THREADS), THREADS; PAST (bool): whether something is added to dx.
 // Workgroup: THREADS threads. Grid: any number of workgroups up to 65535, x only.
 // Workgroup memory: (2 * THREADS + 16 * THREADS / TEAM) * 4 + 2 * THREADS * 4 * WIDTH bytes (10496 at most).
 //
-// Bindings: 0 dy (rows, C) elem; 1 x (rows, C) elem; 2 w (C) f32; 3 mean (rows) f32; 4 rstd (rows) f32;
-// 5 dx (rows, C) elem, written; 6 partial sums (workgroups, 2, C) f32, written: dw, then db; 7 params.
+// Bindings: 0 dy (rows, C) elem; 1 x (rows, C) elem; 2 w (C) f32; 3 mean (rows) f32; 4 rstd (rows) f32; 5 past (rows, C) elem:
+// the gradient that comes to x past the norm, or dy again; 6 dx (rows, C) elem, written; 7 partial sums (workgroups, 2, C) f32,
+// written: dw, then db; 8 params.
 
 struct Params {
     rows: u32,
@@ -23,9 +24,10 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> w: array<lanes>;
 @group(0) @binding(3) var<storage, read_write> means: array<f32>;
 @group(0) @binding(4) var<storage, read_write> rstds: array<f32>;
-@group(0) @binding(5) var<storage, read_write> dx: array<stored>;
-@group(0) @binding(6) var<storage, read_write> column_partials: array<lanes>;
-@group(0) @binding(7) var<uniform> params: Params;
+@group(0) @binding(5) var<storage, read_write> past: array<stored>;
+@group(0) @binding(6) var<storage, read_write> dx: array<stored>;
+@group(0) @binding(7) var<storage, read_write> column_partials: array<lanes>;
+@group(0) @binding(8) var<uniform> params: Params;
 
 const TEAMS: u32 = THREADS / TEAM;
 const OWN: u32 = (LANES + TEAM - 1u) / TEAM; // lanes of a row that a thread holds
@@ -100,8 +102,11 @@ fn main(
         for (var i = 0u; i < OWN; i++) {
             let lane = member + i * TEAM;
             if (has_row && is_inside(lane)) {
-                let value = dnormed[i] - lanes(means_of_row.x) - normed[i] * means_of_row.y;
-                dx[first + lane] = stored(value * rstd);
+                var value = (dnormed[i] - lanes(means_of_row.x) - normed[i] * means_of_row.y) * rstd;
+                if (PAST) {
+                    value += lanes(past[first + lane]);
+                }
+                dx[first + lane] = stored(value);
             }
         }
     }

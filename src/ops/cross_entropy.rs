@@ -185,8 +185,8 @@ fn mean<B: Backend>(losses: Vec<FloatTensor<B>>, count: FloatTensor<B>) -> Float
 
 impl CrossEntropyOps for Flex {}
 
-/// Logits in one chunk on a GPU at most: 256 MiB in f32. Every chunk reads and writes dw once more.
-const GPU_CHUNK_ELEMENTS: usize = 64 << 20;
+/// Logits in one chunk on a GPU at most, in bytes. Every chunk reads and writes dw once more.
+const GPU_CHUNK_BYTES: usize = 256 << 20;
 
 /// A chunk begins where a binding may begin: at a multiple of 256 bytes.
 const CHUNK_ALIGNMENT: usize = 64;
@@ -249,7 +249,8 @@ fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor,
         None => (&losses, false, 1),
     };
     count_kernel().launch((1, 1, 1), &[targets, scale, &count], &[rows as u32, u32::from(is_scaled), parts as u32]);
-    let chunk = (GPU_CHUNK_ELEMENTS / stride / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT).min(rows);
+    let row_bytes = stride * x.dtype.size();
+    let chunk = (GPU_CHUNK_BYTES / row_bytes / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT).min(rows);
     let logits = kernel::empty(x, Shape::new([chunk, stride]));
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);

@@ -32,15 +32,17 @@ pub trait LayerNormOps: Backend {
         composed_forward::<Self>(x, w, b)
     }
 
-    /// dy, x (..., C), w (C), mean and rstd (rows, 1) -> (dx (..., C), dw (C), db (C)).
+    /// dy, x (..., C), w (C), mean and rstd (rows, 1) -> (dx (..., C), dw (C), db (C)). What comes to x past the norm, `past`
+    /// (..., C), is added to dx.
     fn layer_norm_backward(
         dy: FloatTensor<Self>,
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         mean: FloatTensor<Self>,
         rstd: FloatTensor<Self>,
+        #[extension_type] past: Optional<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        composed_backward::<Self>(dy, x, w, mean, rstd)
+        composed_backward::<Self>(dy, x, w, mean, rstd, past)
     }
 }
 
@@ -75,6 +77,7 @@ fn composed_backward<B: Backend>(
     w: FloatTensor<B>,
     mean: FloatTensor<B>,
     rstd: FloatTensor<B>,
+    past: Optional<B>,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let shape = x.shape();
     let features = w.shape();
@@ -88,8 +91,12 @@ fn composed_backward<B: Backend>(
     let average = B::float_mean_dim(dnormed.clone(), 1);
     let along = B::float_mean_dim(B::float_mul(dnormed.clone(), normed.clone()), 1);
     let dx = B::float_sub(B::float_sub(dnormed, average), B::float_mul(normed, along));
-    let dx = B::float_mul(dx, rstd);
-    (B::float_reshape(dx, shape), B::float_reshape(dw, features.clone()), B::float_reshape(db, features))
+    let dx = B::float_reshape(B::float_mul(dx, rstd), shape);
+    let dx = match past {
+        Optional::Present(past) => B::float_add(dx, past),
+        Optional::Absent => dx,
+    };
+    (dx, B::float_reshape(dw, features.clone()), B::float_reshape(db, features))
 }
 
 /// Threads that share a row: each holds up to four lanes of it, more only where a row is longer than 1024 lanes.
@@ -111,13 +118,15 @@ pub fn forward_kernel(columns: usize, f16: bool, bias: bool) -> (Kernel, usize) 
     (lanes.kernel("layer_norm_forward", f16, &constants, &files, threads), (threads / team) as usize)
 }
 
-/// The backward kernel, and the rows that a workgroup handles at a time.
-pub fn backward_kernel(columns: usize, f16: bool) -> (Kernel, usize) {
+/// The backward kernel, and the rows that a workgroup handles at a time; `past`: whether something is added to dx.
+pub fn backward_kernel(columns: usize, f16: bool, past: bool) -> (Kernel, usize) {
     let lanes = Lanes::of(columns);
     let team = team(lanes);
     let threads = team.max(128);
-    let constants =
-        format!("const LANES: u32 = {}u;\nconst TEAM: u32 = {team}u;\nconst THREADS: u32 = {threads}u;\n", lanes.count);
+    let constants = format!(
+        "const LANES: u32 = {}u;\nconst TEAM: u32 = {team}u;\nconst THREADS: u32 = {threads}u;\nconst PAST: bool = {past};\n",
+        lanes.count
+    );
     let files = [include_str!("../../wgsl/layer_norm_backward.wgsl")];
     (lanes.kernel("layer_norm_backward", f16, &constants, &files, threads), (threads / team) as usize)
 }
@@ -136,7 +145,7 @@ pub fn kernels() -> Vec<Kernel> {
     let by_width = WIDTHS.into_iter().flat_map(|columns| {
         [false, true].into_iter().flat_map(move |f16| {
             let forward = [false, true].map(|bias| forward_kernel(columns, f16, bias).0);
-            forward.into_iter().chain([backward_kernel(columns, f16).0])
+            forward.into_iter().chain([false, true].map(|past| backward_kernel(columns, f16, past).0))
         })
     });
     by_width.chain([1, 4].map(|columns| sums_kernel(Lanes::of(columns)))).collect()
@@ -162,20 +171,21 @@ pub fn launch_forward(
     kernel.launch(fold(groups), &[x, w, b.unwrap_or(w), y, mean, rstd], &[rows as u32]);
 }
 
-/// Queues the backward: dy, x (..., C), w (C), mean and rstd (rows) -> dx (..., C), dw and db (C); all contiguous.
+/// Queues the backward: dy, x (..., C), w (C), mean and rstd (rows) -> dx (..., C), to which `past` (..., C) is added, dw and
+/// db (C); all contiguous.
 pub fn launch_backward(
     dy: &CubeTensor,
     x: &CubeTensor,
     w: &CubeTensor,
-    mean: &CubeTensor,
-    rstd: &CubeTensor,
+    [mean, rstd]: [&CubeTensor; 2],
+    past: Option<&CubeTensor>,
     [dx, dw, db]: [&CubeTensor; 3],
 ) {
     let (rows, columns) = matrix(x);
-    let (kernel, group_rows) = backward_kernel(columns, x.dtype == DType::F16);
+    let (kernel, group_rows) = backward_kernel(columns, x.dtype == DType::F16, past.is_some());
     let groups = rows.div_ceil(group_rows).min(BACKWARD_GROUPS);
     let partials = empty(w, Shape::new([groups, 2, columns]));
-    kernel.launch((groups as u32, 1, 1), &[dy, x, w, mean, rstd, dx, &partials], &[rows as u32]);
+    kernel.launch((groups as u32, 1, 1), &[dy, x, w, mean, rstd, past.unwrap_or(dy), dx, &partials], &[rows as u32]);
     let lanes = Lanes::of(columns);
     let sum_groups = (2 * lanes.count).div_ceil(8) as u32;
     sums_kernel(lanes).launch(fold(sum_groups), &[&partials, dw, db], &[groups as u32, lanes.count as u32]);
@@ -208,13 +218,18 @@ impl LayerNormOps for CubeBackend {
         w: FloatTensor<Self>,
         mean: FloatTensor<Self>,
         rstd: FloatTensor<Self>,
+        past: Optional<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         if !serves(&x, Ok(())) {
-            return composed_backward::<Self>(dy, x, w, mean, rstd);
+            return composed_backward::<Self>(dy, x, w, mean, rstd, past);
         }
         let [dy, x, w, mean, rstd] = [dy, x, w, mean, rstd].map(into_contiguous);
+        let past = match past {
+            Optional::Present(past) => Some(into_contiguous(past)),
+            Optional::Absent => None,
+        };
         let (dx, dw, db) = (empty_like(&x), empty_like(&w), empty_like(&w));
-        launch_backward(&dy, &x, &w, &mean, &rstd, [&dx, &dw, &db]);
+        launch_backward(&dy, &x, &w, [&mean, &rstd], past.as_ref(), [&dx, &dw, &db]);
         (dx, dw, db)
     }
 }
@@ -232,7 +247,7 @@ impl<B: LayerNormOps, const N: usize> Backward<B, N> for LayerNormBackward<N> {
     fn backward(self, ops: Ops<Saved<B>, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let (x, w, mean, rstd) = ops.state;
-        let (dx, dw, db) = B::layer_norm_backward(dy, x, w, mean, rstd);
+        let (dx, dw, db) = B::layer_norm_backward(dy, x, w, mean, rstd, Optional::Absent);
         for (parent, gradient) in ops.parents.into_iter().zip([dx, dw, db]) {
             if let Some(parent) = parent {
                 grads.register::<B>(parent.id, gradient);
@@ -290,7 +305,8 @@ mod tests {
                 let kernels = [
                     forward_kernel(columns, f16, false).0,
                     forward_kernel(columns, f16, true).0,
-                    backward_kernel(columns, f16).0,
+                    backward_kernel(columns, f16, false).0,
+                    backward_kernel(columns, f16, true).0,
                     sums_kernel(Lanes::of(columns)),
                 ];
                 for kernel in kernels {

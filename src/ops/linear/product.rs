@@ -65,7 +65,7 @@ impl<'a> Product<'a> {
     /// gradient, or what comes back through a head. The parts are added in a fixed order. `accumulate` adds to what
     /// `out` (without padding) holds.
     pub fn launch_tall(&self, variant: Variant, out: &CubeTensor, accumulate: bool) {
-        let tile = tiles::choose(variant, self.m, self.n);
+        let tile = tiles::choose(variant, self.a.dtype == DType::F16, self.m, self.n);
         let steps = self.k.div_ceil(tile.k as usize);
         let wanted = ENOUGH_GROUPS.div_ceil(tile.blocks(self.m, self.n)).clamp(1, steps.div_ceil(LEAST_STEPS).max(1));
         let k_split = steps.div_ceil(wanted) * tile.k as usize;
@@ -129,7 +129,7 @@ pub struct Plan {
 
 impl Plan {
     fn tile(&self) -> Tile {
-        tiles::choose(self.variant, self.sizes[0], self.sizes[1])
+        tiles::choose(self.variant, self.f16[0], self.sizes[0], self.sizes[1])
     }
 
     fn is_scaled(&self) -> bool {

@@ -25,6 +25,11 @@ pub enum Epilogue {
         /// The tanh approximation, else the error function.
         tanh: bool,
     },
+    /// out = sum · gelu'(extra); whether by tanh.
+    GeluGradient {
+        /// The tanh approximation, else the error function.
+        tanh: bool,
+    },
     /// out = extra + dropout(sum + bias).
     Residual {
         /// Whether anything is dropped.
@@ -105,9 +110,11 @@ impl Tile {
 /// Workgroups from which on the widest tile pays: three for each of an H200's 132 processors, which hold one at a time.
 const MANY_GROUPS: usize = 3 * 132;
 
-/// The tile for a product of this shape. Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
-pub fn choose(variant: Variant, m: usize, n: usize) -> Tile {
-    // Eight subgroups of 64 x 64 each: the best ratio of products to loads, 43 KB of workgroup memory.
+/// The tile for a product of this shape with factors in f16 (or f32). Measured on an H200 (docs/measurements/linear-h200.md),
+/// edge 8 on nothing yet.
+pub fn choose(variant: Variant, f16: bool, m: usize, n: usize) -> Tile {
+    // Eight subgroups of 64 x 64 each: the best ratio of products to loads, which counts where they are of 16 bytes for 8 of
+    // tile. 43 KB of workgroup memory.
     const WIDE: Tile = tile(128, 256, 32, 2, 4);
     match variant {
         // Fills Metal's 32 KiB of workgroup memory
@@ -115,7 +122,9 @@ pub fn choose(variant: Variant, m: usize, n: usize) -> Tile {
         Variant::Scalar => tile(64, 64, 32, 8, 8),
         Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2),
         // An eighth of its columns at most may lie beyond the matrix.
-        Variant::Coop { .. } if WIDE.blocks(m, n) >= MANY_GROUPS && n.next_multiple_of(256) <= n + n / 8 => WIDE,
+        Variant::Coop { .. } if !f16 && WIDE.blocks(m, n) >= MANY_GROUPS && n.next_multiple_of(256) <= n + n / 8 => {
+            WIDE
+        }
         // Twice the depth a step: the barriers of a step cost as much as its products. 48 KB of workgroup memory.
         Variant::Coop { .. } if m.min(n) >= 128 => tile(128, 128, 64, 2, 4),
         Variant::Coop { .. } => tile(64, 64, 32, 1, 2),
@@ -136,7 +145,7 @@ fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
         _ => Access::Quads,
     };
     // Every outcome of `choose`.
-    let tiles: HashSet<Tile> = [(1, 1), (128, 128), (4096, 4096)].map(|(m, n)| choose(variant, m, n)).into();
+    let tiles: HashSet<Tile> = [(1, 1), (128, 128), (4096, 4096)].map(|(m, n)| choose(variant, f16, m, n)).into();
     for tile in tiles {
         for (access, ragged) in
             [(packs, Ragged::Nothing), (packs, Ragged::Output), (packs, Ragged::Sums), (Access::Singles, Ragged::Sums)]
@@ -161,6 +170,11 @@ fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
             ];
             for epilogue in forward {
                 kernels.extend([false, true].map(|bias| kernel(&Spec { epilogue, bias, ..plain })));
+            }
+            for tanh in [false, true] {
+                let slope = Spec { layout: Layout::Nn, epilogue: Epilogue::GeluGradient { tanh }, ..plain };
+                kernels.push(kernel(&slope));
+                kernels.extend((variant.rounds_f32() && !f16).then(|| kernel(&Spec { scaled: true, ..slope })));
             }
             for layout in [Layout::Nn, Layout::Tn] {
                 if f16 {
@@ -187,6 +201,7 @@ pub fn kernel(spec: &Spec) -> Kernel {
     let (kind, detail) = match epilogue {
         Epilogue::Plain => ("plain", String::new()),
         Epilogue::Gelu { tanh } => ("gelu", format!("const GELU_TANH: bool = {tanh};\n")),
+        Epilogue::GeluGradient { tanh } => ("gelu gradient", format!("const GELU_TANH: bool = {tanh};\n")),
         Epilogue::Residual { dropout } => ("residual", format!("const DROPOUT: bool = {dropout};\n")),
     };
     // Bindings: A, B, out, then the bias and the extra matrix where there are any, then the parameters.
@@ -235,7 +250,7 @@ pub fn kernel(spec: &Spec) -> Kernel {
         ragged == Ragged::Sums,
     );
     let mut files = match epilogue {
-        Epilogue::Gelu { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
+        Epilogue::Gelu { .. } | Epilogue::GeluGradient { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
         Epilogue::Residual { .. } => vec![PHILOX],
         Epilogue::Plain => vec![],
     };
@@ -263,6 +278,7 @@ pub fn kernel(spec: &Spec) -> Kernel {
     files.push(match epilogue {
         Epilogue::Plain => include_str!("../../../wgsl/linear_plain.wgsl"),
         Epilogue::Gelu { .. } => include_str!("../../../wgsl/linear_gelu.wgsl"),
+        Epilogue::GeluGradient { .. } => include_str!("../../../wgsl/linear_gelu_gradient.wgsl"),
         Epilogue::Residual { .. } => include_str!("../../../wgsl/linear_residual.wgsl"),
     });
     match variant {

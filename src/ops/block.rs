@@ -1,0 +1,306 @@
+//! The two halves of a block, each one operation: x + attention(norm(x)) and x + mlp(norm(x)).
+//!
+//! They are made of the other operations. As one node of the graph each, their backward adds what comes past the branch where
+//! the norm's gradient is made, multiplies by GELU's slope where the product is made, and costs the host one node instead of
+//! five.
+
+use burn::backend::{
+    Autodiff, Dispatch, Flex, TensorMetadata,
+    autodiff::{
+        NodeId,
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
+    },
+    backend_extension,
+    tensor::FloatTensor,
+};
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::CubeBackend;
+
+use super::Optional;
+use super::attention::AttentionOps;
+use super::cast::CastOps;
+use super::dropout::Dropout;
+use super::layer_norm::LayerNormOps;
+use super::linear::{Gelu, LinearOps};
+
+/// Half blocks. Biases are all there, or none is.
+#[backend_extension(Cube, Flex, Autodiff)]
+pub trait BlockOps: AttentionOps + CastOps + LayerNormOps + LinearOps {
+    /// x + dropout(attention(norm(x) w_inᵀ + b_in) w_outᵀ + b_out): x (B, T, C), norm (C), w_in (3C, C), w_out (C, C) -> (B, T, C).
+    #[allow(clippy::too_many_arguments)]
+    fn attention_block(
+        x: FloatTensor<Self>,
+        norm_w: FloatTensor<Self>,
+        #[extension_type] norm_b: Optional<Self>,
+        w_in: FloatTensor<Self>,
+        #[extension_type] b_in: Optional<Self>,
+        w_out: FloatTensor<Self>,
+        #[extension_type] b_out: Optional<Self>,
+        n_head: usize,
+        dropouts: [Dropout; 2],
+    ) -> FloatTensor<Self> {
+        let weights = Weights { norm_w, norm_b, w_in, b_in, w_out, b_out };
+        forward::<Self>(x, weights, Branch::Attention(n_head, dropouts[0]), dropouts[1]).0
+    }
+
+    /// x + dropout(gelu(norm(x) w_inᵀ + b_in) w_outᵀ + b_out): x (B, T, C), norm (C), w_in (4C, C), w_out (C, 4C) -> (B, T, C).
+    #[allow(clippy::too_many_arguments)]
+    fn mlp_block(
+        x: FloatTensor<Self>,
+        norm_w: FloatTensor<Self>,
+        #[extension_type] norm_b: Optional<Self>,
+        w_in: FloatTensor<Self>,
+        #[extension_type] b_in: Optional<Self>,
+        w_out: FloatTensor<Self>,
+        #[extension_type] b_out: Optional<Self>,
+        gelu: Gelu,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        let weights = Weights { norm_w, norm_b, w_in, b_in, w_out, b_out };
+        forward::<Self>(x, weights, Branch::Mlp(gelu), dropout).0
+    }
+}
+
+impl BlockOps for Flex {}
+impl BlockOps for CubeBackend {}
+
+/// The parameters of a half block.
+struct Weights<B: BlockOps> {
+    norm_w: FloatTensor<B>,
+    norm_b: Optional<B>,
+    w_in: FloatTensor<B>,
+    b_in: Optional<B>,
+    w_out: FloatTensor<B>,
+    b_out: Optional<B>,
+}
+
+/// What stands between the two products.
+#[derive(Clone, Copy, Debug)]
+enum Branch {
+    /// Heads, dropout of the probabilities.
+    Attention(usize, Dropout),
+    Mlp(Gelu),
+}
+
+/// What the backward needs.
+#[derive(Clone, Debug)]
+struct Saved<B: BlockOps> {
+    x: FloatTensor<B>,
+    norm_w: FloatTensor<B>,
+    mean: FloatTensor<B>,
+    rstd: FloatTensor<B>,
+    normed: FloatTensor<B>,
+    /// In the type of the products, as w_out.
+    w_in: FloatTensor<B>,
+    /// The first product: qkv, or what goes into GELU.
+    inner: FloatTensor<B>,
+    /// What the second product is made from.
+    outer: FloatTensor<B>,
+    /// Attention's log-sum-exp.
+    lse: Option<FloatTensor<B>>,
+    w_out: FloatTensor<B>,
+    branch: Branch,
+    dropout: Dropout,
+}
+
+fn forward<B: BlockOps>(
+    x: FloatTensor<B>,
+    weights: Weights<B>,
+    branch: Branch,
+    dropout: Dropout,
+) -> (FloatTensor<B>, Saved<B>) {
+    let Weights { norm_w, norm_b, w_in, b_in, w_out, b_out } = weights;
+    let for_products = |w| if x.dtype() == DType::F16 { B::to_f16(w) } else { w };
+    let (w_in, w_out) = (for_products(w_in), for_products(w_out));
+    let (normed, mean, rstd) = B::layer_norm_forward(x.clone(), norm_w.clone(), norm_b);
+    let (inner, outer, lse) = match branch {
+        Branch::Attention(n_head, dropout) => {
+            let qkv = B::linear_forward(normed.clone(), w_in.clone(), b_in);
+            let (heads, lse) = B::causal_attention(qkv.clone(), n_head, dropout);
+            (qkv, heads, Some(lse))
+        }
+        Branch::Mlp(gelu) => {
+            let (hidden, h) = B::linear_gelu(normed.clone(), w_in.clone(), b_in, gelu);
+            (h, hidden, None)
+        }
+    };
+    let y = B::linear_residual(outer.clone(), w_out.clone(), b_out, x.clone(), dropout);
+    (y, Saved { x, norm_w, mean, rstd, normed, w_in, inner, outer, lse, w_out, branch, dropout })
+}
+
+/// Parents: x, norm_w, w_in, w_out, then norm_b, b_in, b_out where there are biases.
+#[derive(Debug)]
+struct BlockBackward<const N: usize>;
+
+impl<B: BlockOps, const N: usize> Backward<B, N> for BlockBackward<N> {
+    type State = Saved<B>;
+
+    fn backward(self, ops: Ops<Saved<B>, N>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let s = ops.state;
+        // The parent's id where a gradient of it is wanted.
+        let wanted = |i: usize| -> Option<NodeId> { ops.parents.get(i).and_then(Option::as_ref).map(|node| node.id) };
+        let [x, norm_w, w_in, w_out, norm_b, b_in, b_out] = std::array::from_fn(wanted);
+        // y = x + dropout(outer w_outᵀ + b_out)
+        let dz = if s.dropout.is_on() { B::dropout(dy.clone(), s.dropout) } else { dy.clone() };
+        if let Some(b_out) = b_out {
+            grads.register::<B>(b_out, B::linear_db(dz.clone()));
+        }
+        if let Some(w_out) = w_out {
+            grads.register::<B>(w_out, B::linear_dw(dz.clone(), s.outer.clone()));
+        }
+        let dinner = match (s.branch, s.lse) {
+            (Branch::Attention(n_head, dropout), Some(lse)) => {
+                let dheads = B::linear_dx(dz, s.w_out);
+                B::causal_attention_backward(dheads, s.inner, s.outer, lse, n_head, dropout)
+            }
+            (Branch::Mlp(gelu), _) => B::linear_dx_gelu(dz, s.w_out, s.inner, gelu), // outer = gelu(inner)
+            (Branch::Attention(..), None) => return, // attention's forward always has one
+        };
+        // inner = normed w_inᵀ + b_in
+        if let Some(b_in) = b_in {
+            grads.register::<B>(b_in, B::linear_db(dinner.clone()));
+        }
+        if let Some(w_in) = w_in {
+            grads.register::<B>(w_in, B::linear_dw(dinner.clone(), s.normed));
+        }
+        if x.is_none() && norm_w.is_none() && norm_b.is_none() {
+            return;
+        }
+        let dnormed = B::linear_dx(dinner, s.w_in);
+        // normed = norm(x); x goes past the branch too
+        let (dx, dw, db) = B::layer_norm_backward(dnormed, s.x, s.norm_w, s.mean, s.rstd, Optional::Present(dy));
+        for (parent, gradient) in [(x, dx), (norm_w, dw), (norm_b, db)] {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent, gradient);
+            }
+        }
+    }
+}
+
+impl<B: BlockOps, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
+    fn attention_block(
+        x: FloatTensor<Self>,
+        norm_w: FloatTensor<Self>,
+        norm_b: Optional<Self>,
+        w_in: FloatTensor<Self>,
+        b_in: Optional<Self>,
+        w_out: FloatTensor<Self>,
+        b_out: Optional<Self>,
+        n_head: usize,
+        dropouts: [Dropout; 2],
+    ) -> FloatTensor<Self> {
+        let weights = Weights { norm_w, norm_b, w_in, b_in, w_out, b_out };
+        record::<B, C>(x, weights, Branch::Attention(n_head, dropouts[0]), dropouts[1])
+    }
+
+    fn mlp_block(
+        x: FloatTensor<Self>,
+        norm_w: FloatTensor<Self>,
+        norm_b: Optional<Self>,
+        w_in: FloatTensor<Self>,
+        b_in: Optional<Self>,
+        w_out: FloatTensor<Self>,
+        b_out: Optional<Self>,
+        gelu: Gelu,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        let weights = Weights { norm_w, norm_b, w_in, b_in, w_out, b_out };
+        record::<B, C>(x, weights, Branch::Mlp(gelu), dropout)
+    }
+}
+
+/// Runs the forward below and records it as one node.
+fn record<B: BlockOps, C: CheckpointStrategy>(
+    x: FloatTensor<Autodiff<B, C>>,
+    weights: Weights<Autodiff<B, C>>,
+    branch: Branch,
+    dropout: Dropout,
+) -> FloatTensor<Autodiff<B, C>> {
+    let Weights { norm_w, norm_b, w_in, b_in, w_out, b_out } = weights;
+    let inner = |tensor: &FloatTensor<Autodiff<B, C>>| tensor.primitive().clone();
+    let below = Weights {
+        norm_w: inner(&norm_w),
+        norm_b: norm_b.inner(),
+        w_in: inner(&w_in),
+        b_in: b_in.inner(),
+        w_out: inner(&w_out),
+        b_out: b_out.inner(),
+    };
+    let (y, saved) = forward::<B>(inner(&x), below, branch, dropout);
+    let [x, norm_w, w_in, w_out] = [x, norm_w, w_in, w_out].map(|tensor| tensor.node());
+    match (norm_b, b_in, b_out) {
+        (Optional::Present(norm_b), Optional::Present(b_in), Optional::Present(b_out)) => {
+            let parents = [x, norm_w, w_in, w_out, norm_b.node(), b_in.node(), b_out.node()];
+            match BlockBackward::<7>.prepare::<C>(parents).compute_bound().stateful() {
+                OpsKind::Tracked(prepared) => prepared.finish(saved, y),
+                OpsKind::UnTracked(prepared) => prepared.finish(y),
+            }
+        }
+        _ => match BlockBackward::<4>.prepare::<C>([x, norm_w, w_in, w_out]).compute_bound().stateful() {
+            OpsKind::Tracked(prepared) => prepared.finish(saved, y),
+            OpsKind::UnTracked(prepared) => prepared.finish(y),
+        },
+    }
+}
+
+/// The parameters of a half block: the norm's weight (C) and bias (C), then weight (out, in) and bias (out) of the first and of
+/// the second product.
+pub struct Parameters {
+    /// The norm's.
+    pub norm: (Tensor<1>, Option<Tensor<1>>),
+    /// The first product's.
+    pub inner: (Tensor<2>, Option<Tensor<1>>),
+    /// The second product's.
+    pub outer: (Tensor<2>, Option<Tensor<1>>),
+}
+
+impl Parameters {
+    /// Zeros for the biases that are missing where another is there.
+    fn complete(mut self) -> Self {
+        let Self { norm, inner, outer } = &mut self;
+        if norm.1.is_some() || inner.1.is_some() || outer.1.is_some() {
+            let zeros = |count: usize| Tensor::zeros([count], &norm.0.device());
+            let counts = [norm.0.dims()[0], inner.0.dims()[0], outer.0.dims()[0]];
+            for (bias, count) in [&mut norm.1, &mut inner.1, &mut outer.1].into_iter().zip(counts) {
+                bias.get_or_insert_with(|| zeros(count));
+            }
+        }
+        self
+    }
+}
+
+/// x + dropouts[1](attention(norm(x))), with dropouts[0] on the probabilities: x (B, T, C) -> (B, T, C). Weights are f32 and are
+/// multiplied in x's type.
+pub fn attention_block(x: Tensor<3>, parameters: Parameters, n_head: usize, dropouts: [Dropout; 2]) -> Tensor<3> {
+    let Parameters { norm, inner, outer } = parameters.complete();
+    Tensor::from_dispatch(<Dispatch as BlockOps>::attention_block(
+        x.into_dispatch(),
+        norm.0.into_dispatch(),
+        Optional::of(norm.1),
+        inner.0.into_dispatch(),
+        Optional::of(inner.1),
+        outer.0.into_dispatch(),
+        Optional::of(outer.1),
+        n_head,
+        dropouts,
+    ))
+}
+
+/// x + dropout(mlp(norm(x))): x (B, T, C) -> (B, T, C). Weights are f32 and are multiplied in x's type.
+pub fn mlp_block(x: Tensor<3>, parameters: Parameters, gelu: Gelu, dropout: Dropout) -> Tensor<3> {
+    let Parameters { norm, inner, outer } = parameters.complete();
+    Tensor::from_dispatch(<Dispatch as BlockOps>::mlp_block(
+        x.into_dispatch(),
+        norm.0.into_dispatch(),
+        Optional::of(norm.1),
+        inner.0.into_dispatch(),
+        Optional::of(inner.1),
+        outer.0.into_dispatch(),
+        Optional::of(outer.1),
+        gelu,
+        dropout,
+    ))
+}

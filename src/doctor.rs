@@ -116,10 +116,15 @@ pub fn examine(chosen: &Chosen, spoil: Option<&str>, mut tell: impl FnMut(&Check
         }
         check(format!("causality, {name}"), remedy, 0.0, &operations::causality);
         if kernels != Kernels::Composed {
-            check(format!("20 steps, {name}"), remedy, (10.0 * tolerance).min(1e-2), &training::twenty_steps);
+            let steps = |bed: &Bed| training::twenty_steps(bed, false);
+            check(format!("20 steps, {name}"), remedy, (10.0 * tolerance).min(1e-2), &steps);
         }
     }
     kernel::choose(Kernels::Auto);
+    if chosen.adapter.is_some() && chosen.capabilities.f16 {
+        let remedy = "train with --dtype f32 here, and report it with this output";
+        check("20 steps, f16".into(), remedy, 1e-2, &|bed| training::twenty_steps(bed, true));
+    }
     let clock = "nothing needs it to train; operations are timed with the host's clock, which adds the host's time";
     check("timestamps".into(), clock, 0.0, &timestamps);
     let slow = "close other programs that use the device, and look whether it is hot or saves power";
@@ -140,7 +145,7 @@ fn beds(chosen: &Chosen) -> Vec<(Kernels, &'static str, f64, &'static str)> {
         )];
     }
     let scalar = "train with --kernels composed or --device cpu, update the driver, and report it with this output";
-    let coop = "do not use --kernels coop here; the default does not. Report it with this output";
+    let coop = "train with --dtype f32 --kernels scalar here, and report it with this output";
     let mut beds = vec![(Kernels::Composed, "composed", 2e-5, REPORT), (Kernels::Scalar, "scalar", 2e-5, scalar)];
     let supported = kernel::supported(&chosen.capabilities, false);
     if let Some(Variant::Coop { f16, .. }) = supported.iter().find(|variant| matches!(variant, Variant::Coop { .. })) {

@@ -54,6 +54,7 @@ var<private> sums: array<mat_c, ROW_TILES * COL_TILES>;
 var<private> left: array<mat_a, ROW_TILES>;
 var<private> next_a: array<a_pack, A_STEPS>;
 var<private> next_b: array<b_pack, B_STEPS>;
+var<private> others: array<vec4<f32>, COL_TILES * EDGE * EDGE / 4u / SUBGROUP_SIZE>; // the lane's quads of extra, a row of tiles
 var<private> tile_row: u32; // the subgroup's place in the block
 var<private> tile_col: u32;
 
@@ -167,6 +168,18 @@ fn multiply(k: u32) {
     if (COL_TILES > 3u) { multiply_column(C3, k); }
 }
 
+fn fetch_other(q: u32, i: u32, j: u32, place: Place, lane: u32) {
+    let quad = lane + q * SUBGROUP_SIZE;
+    let row = quad / (SCRATCH_COLS / 4u);
+    let col = quad % (SCRATCH_COLS / 4u) * 4u;
+    others[j * LANE_QUADS / SCRATCH_TILES + q] = fetch_extra(
+        place.out_row + tile_row + i * EDGE + row, place.first_col + tile_col + j * EDGE + col);
+}
+
+fn fetch_others(i: u32, j: u32, place: Place, lane: u32) {
+    for (var q = 0u; q < LANE_QUADS; q++) { fetch_other(q, i, j, place, lane); }
+}
+
 // SCRATCH_TILES matrices side by side -> the epilogue
 fn finish_tiles(i: u32, j: u32, place: Place, subgroup: u32, lane: u32) {
     let base = subgroup * SUBGROUP_SCRATCH;
@@ -187,12 +200,17 @@ fn finish_tiles(i: u32, j: u32, place: Place, subgroup: u32, lane: u32) {
             place.first_col + tile_col + j * EDGE + col,
             place.split,
             vec4<f32>(scratch[at], scratch[at + 1u], scratch[at + 2u], scratch[at + 3u]),
+            others[j * LANE_QUADS / SCRATCH_TILES + q],
         );
     }
     workgroupBarrier();
 }
 
 fn finish_row_of_tiles(i: u32, place: Place, subgroup: u32, lane: u32) {
+    fetch_others(i, 0u, place, lane);
+    if (COL_TILES > 1u && SCRATCH_TILES == 1u) { fetch_others(i, C1, place, lane); }
+    if (COL_TILES > 2u) { fetch_others(i, C2, place, lane); }
+    if (COL_TILES > 3u && SCRATCH_TILES == 1u) { fetch_others(i, C3, place, lane); }
     finish_tiles(i, 0u, place, subgroup, lane);
     if (COL_TILES > 1u && SCRATCH_TILES == 1u) { finish_tiles(i, C1, place, subgroup, lane); }
     if (COL_TILES > 2u) { finish_tiles(i, C2, place, subgroup, lane); }

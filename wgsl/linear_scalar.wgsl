@@ -193,7 +193,8 @@ fn row_of(i: u32, thread_row: u32) -> u32 {
 
 fn finish_quad(i: u32, j: u32, place: Place, thread_row: u32, thread_col: u32) {
     let col = place.first_col + 4u * (thread_col + j * THREAD_COLS);
-    finish(place.out_row + row_of(i, thread_row), col, place.split, sums[i * COL_QUADS + j]);
+    let row = place.out_row + row_of(i, thread_row);
+    finish(row, col, place.split, sums[i * COL_QUADS + j], fetch_extra(row, col));
 }
 
 fn finish_row(i: u32, place: Place, thread_row: u32, thread_col: u32) {

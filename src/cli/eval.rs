@@ -40,7 +40,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let shape = checkpoint.state.model;
     let data = Dataset::open(&config.data.folder(), Some(shape.vocab_size), shape.block_size)?;
     let chosen = device::choose(args.device.parse()?)?;
-    let model = checkpoint.model(&chosen.device)?;
+    let mut model = checkpoint.model(&chosen.device)?;
+    // As in training, where the device can.
+    model.f16 = config.train.dtype.resolve(&chosen, config.train.kernels).is_ok_and(|precision| precision.f16);
     let step = checkpoint.state.step;
     let (train_loss, val_loss) = evaluate(&model, &config, &data, &chosen.device, step)?;
     if args.json {

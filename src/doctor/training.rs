@@ -14,10 +14,11 @@ use crate::train::{self, Step};
 const STEPS: u64 = 20;
 const VOCABULARY: usize = 29;
 
-/// The losses must follow those of the CPU, and fall. On the CPU itself, a second run must be the same to the bit.
-pub(super) fn twenty_steps(bed: &Bed) -> Result<Seen> {
-    let mut losses = run(&bed.chosen.device)?;
-    let want = run(&Device::flex())?;
+/// The losses, with activations in f16 (or f32), must follow those of the CPU, and fall. On the CPU itself, a second run must be
+/// the same to the bit.
+pub(super) fn twenty_steps(bed: &Bed, f16: bool) -> Result<Seen> {
+    let mut losses = run(&bed.chosen.device, f16)?;
+    let want = run(&Device::flex(), false)?;
     if bed.spoil {
         losses[7] *= 1.1;
     }
@@ -32,7 +33,7 @@ pub(super) fn twenty_steps(bed: &Bed) -> Result<Seen> {
 }
 
 /// The losses of a model that learns that a token follows from the one before.
-fn run(device: &Device) -> Result<Vec<f64>> {
+fn run(device: &Device, f16: bool) -> Result<Vec<f64>> {
     let mut config = Config::default();
     config.model.n_layer = 2;
     config.model.n_head = 2;
@@ -52,7 +53,8 @@ fn run(device: &Device) -> Result<Vec<f64>> {
     };
     let step = Step { config: &config, batch: &batch };
     let mut model = Gpt::init(&config.gpt(VOCABULARY), config.train.seed, &device);
-    let (mut optimizer, mut position, mut losses) = (Optimizer::new(false, inner), 0, Vec::new());
+    model.f16 = f16;
+    let (mut optimizer, mut position, mut losses) = (Optimizer::new(f16, inner), 0, Vec::new());
     for iter in 0..STEPS {
         let lr = optim::learning_rate(&config.optim, iter);
         let (updated, loss_sum) = step.run(model, &mut optimizer, &mut position, lr)?;

@@ -58,16 +58,6 @@ pub trait LinearOps: DropoutOps {
         composed_dx::<Self>(dy, w)
     }
 
-    /// dh (..., K) = (dy (..., N) · w (N, K)) · gelu'(h).
-    fn linear_dx_gelu(
-        dy: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        h: FloatTensor<Self>,
-        gelu: Gelu,
-    ) -> FloatTensor<Self> {
-        Self::gelu_dh(Self::linear_dx(dy, w), h, gelu)
-    }
-
     /// dw (N, K) = dyᵀ · x over all rows.
     fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
         composed_dw::<Self>(dy, x)
@@ -293,25 +283,6 @@ impl LinearOps for CubeBackend {
         let product = Product::plain(Layout::Nn, &dy, &w, rows, inputs, outputs);
         Product { scale: gradient_scale(&dy, rows), ..product }.launch(variant, &dx);
         dx
-    }
-
-    fn linear_dx_gelu(
-        dy: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        h: FloatTensor<Self>,
-        gelu: Gelu,
-    ) -> FloatTensor<Self> {
-        let Some(variant) = kernel::variant(&dy) else {
-            return composed_gelu_dh::<Self>(composed_dx::<Self>(dy, w), h, gelu);
-        };
-        let [dy, w, h] = [dy, w, h].map(into_contiguous);
-        let ((rows, outputs), inputs) = (matrix(&dy), w.meta.shape()[1]);
-        let dh = kernel::empty_like(&h);
-        let epilogue = Epilogue::GeluGradient { tanh: gelu == Gelu::Tanh };
-        let product =
-            Product { epilogue, extra: Some(&h), ..Product::plain(Layout::Nn, &dy, &w, rows, inputs, outputs) };
-        Product { scale: gradient_scale(&dy, rows), ..product }.launch(variant, &dh);
-        dh
     }
 
     fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {

@@ -25,11 +25,6 @@ pub enum Epilogue {
         /// The tanh approximation, else the error function.
         tanh: bool,
     },
-    /// out = sum · gelu'(extra); whether by tanh.
-    GeluGradient {
-        /// The tanh approximation, else the error function.
-        tanh: bool,
-    },
     /// out = extra + dropout(sum + bias).
     Residual {
         /// Whether anything is dropped.
@@ -171,11 +166,6 @@ fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
             for epilogue in forward {
                 kernels.extend([false, true].map(|bias| kernel(&Spec { epilogue, bias, ..plain })));
             }
-            for tanh in [false, true] {
-                let slope = Spec { layout: Layout::Nn, epilogue: Epilogue::GeluGradient { tanh }, ..plain };
-                kernels.push(kernel(&slope));
-                kernels.extend((variant.rounds_f32() && !f16).then(|| kernel(&Spec { scaled: true, ..slope })));
-            }
             for layout in [Layout::Nn, Layout::Tn] {
                 if f16 {
                     // A gradient in f16 comes scaled; sums over parts, and a weight's gradient, leave in f32.
@@ -201,7 +191,6 @@ pub fn kernel(spec: &Spec) -> Kernel {
     let (kind, detail) = match epilogue {
         Epilogue::Plain => ("plain", String::new()),
         Epilogue::Gelu { tanh } => ("gelu", format!("const GELU_TANH: bool = {tanh};\n")),
-        Epilogue::GeluGradient { tanh } => ("gelu gradient", format!("const GELU_TANH: bool = {tanh};\n")),
         Epilogue::Residual { dropout } => ("residual", format!("const DROPOUT: bool = {dropout};\n")),
     };
     // Bindings: A, B, out, then the bias and the extra matrix where there are any, then the parameters.
@@ -250,7 +239,7 @@ pub fn kernel(spec: &Spec) -> Kernel {
         ragged == Ragged::Sums,
     );
     let mut files = match epilogue {
-        Epilogue::Gelu { .. } | Epilogue::GeluGradient { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
+        Epilogue::Gelu { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
         Epilogue::Residual { .. } => vec![PHILOX],
         Epilogue::Plain => vec![],
     };
@@ -278,7 +267,6 @@ pub fn kernel(spec: &Spec) -> Kernel {
     files.push(match epilogue {
         Epilogue::Plain => include_str!("../../../wgsl/linear_plain.wgsl"),
         Epilogue::Gelu { .. } => include_str!("../../../wgsl/linear_gelu.wgsl"),
-        Epilogue::GeluGradient { .. } => include_str!("../../../wgsl/linear_gelu_gradient.wgsl"),
         Epilogue::Residual { .. } => include_str!("../../../wgsl/linear_residual.wgsl"),
     });
     match variant {

@@ -112,7 +112,7 @@ impl<B: Backend> Targets<B> {
 
 /// The ranges of rows whose logits exist together.
 fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let chunk = (CHUNK_ELEMENTS / vocab.max(1)).max(1);
+    let chunk = chunk_rows(vocab, true);
     (0..rows).step_by(chunk).map(move |start| start..(start + chunk).min(rows))
 }
 
@@ -165,6 +165,15 @@ impl CrossEntropyOps for Flex {}
 /// Logits in one chunk on a GPU at most: 256 MiB in f32. Every chunk reads and writes dw once more.
 const GPU_CHUNK_ELEMENTS: usize = 64 << 20;
 
+/// Rows whose logits exist together, at most.
+pub fn chunk_rows(vocab: usize, composed: bool) -> usize {
+    if composed {
+        return (CHUNK_ELEMENTS / vocab.max(1)).max(1);
+    }
+    let stride = vocab.next_multiple_of(4);
+    (GPU_CHUNK_ELEMENTS / stride.max(1) / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT)
+}
+
 /// A chunk begins where a binding may begin: at a multiple of 256 bytes.
 const CHUNK_ALIGNMENT: usize = 64;
 
@@ -215,7 +224,7 @@ fn fused(
     let f32s = |shape: Shape| kernel::empty_of(x, shape, DType::F32);
     let (count, losses, loss) = (f32s(Shape::new([1])), f32s(Shape::new([rows])), f32s(Shape::new([1])));
     count_kernel().launch((1, 1, 1), &[targets, &count], &[rows as u32]);
-    let chunk = (GPU_CHUNK_ELEMENTS / stride / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT).min(rows);
+    let chunk = chunk_rows(vocab, false).min(rows);
     let logits = f32s(Shape::new([chunk, stride]));
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);

@@ -126,9 +126,12 @@ pub fn first(device: &Device) -> Option<DeviceError> {
 /// # Errors
 /// The first thing that went wrong.
 pub fn checked<T, E: Debug>(device: &Device, result: Result<T, E>) -> Result<T, DeviceError> {
-    match first(device) {
-        Some(error) => Err(error),
-        None => result.map_err(|error| DeviceError::of_burn(&error)),
+    let result = result.map_err(|error| DeviceError::of_burn(&error));
+    match (first(device), result) {
+        // What comes after a loss complains of this and that.
+        (Some(DeviceError::Other(_)), Err(lost @ DeviceError::Lost(_))) => Err(lost),
+        (Some(error), _) => Err(error),
+        (None, result) => result,
     }
 }
 

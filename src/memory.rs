@@ -14,8 +14,8 @@ use crate::model::GptConfig;
 /// Largest buffer of any shape, on any device: 2 GiB - 1. wgpu's own limit is higher on some, and drivers fail beyond it.
 pub const LARGEST_BUFFER: u64 = (2 << 30) - 1;
 
-/// What CubeCL takes beside the pool, for the parameters of launches and for reading values back.
-const AUXILIARY: u64 = 1 << 20;
+/// What CubeCL takes beside the pool, for the parameters of launches (1.6 MiB when it keeps its 512) and for values read back.
+const AUXILIARY: u64 = 2 << 20;
 
 /// What of the forward pass is kept for the backward; the rest is computed again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

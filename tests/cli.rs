@@ -428,8 +428,16 @@ fn a_dry_run_prints_what_the_run_takes_and_begins_nothing() {
     assert!((sum - amounts["total"]).abs() < 0.5, "{printed}");
     assert!(printed.contains("largest batch_size that fits: ") && printed.contains("all memory of this computer"));
     assert!(!sandbox.path("out").exists() && !sandbox.path("data").exists(), "it wrote something");
-    let output = sandbox.train(&["--dry-run"]);
-    assert!(output.status.success() && text(&output).contains("taken to be 50304"), "{}", text(&output));
+    for (dataset, vocab) in [("openwebtext", "50304"), ("shakespeare_char", "65")] {
+        let output = sandbox.train(&["--dry-run", "--dataset", dataset]);
+        let printed = text(&output);
+        assert!(output.status.success() && printed.contains(&format!("taken to be {vocab}")), "{printed}");
+    }
+    let expected = sandbox.train(&["--dry-run"]);
+    sandbox.trained();
+    let known = sandbox.train(&["--dry-run"]);
+    let last = |output: &Output| text(output).lines().rev().take(9).map(String::from).collect::<Vec<_>>();
+    assert_eq!(last(&expected), last(&known), "the built-in corpus's vocabulary");
 }
 
 #[test]

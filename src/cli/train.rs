@@ -1,5 +1,6 @@
 //! `gpt-wgpu train`.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -279,10 +280,8 @@ impl Origin {
     }
 }
 
-/// Prints what the run takes. A dataset that is not there yet is not prepared: its vocabulary is taken for GPT-2's.
+/// Prints what the run takes. A dataset that is not there yet is not prepared for it.
 fn dry_run(mut config: Config, known: Option<GptConfig>, vocab_size: Option<usize>, chosen: &Chosen) -> Result<()> {
-    /// GPT-2's 50257 tokens, padded as nanoGPT does.
-    const GPT2_VOCAB: usize = 50304;
     let gpt = match (known, vocab_size, config.data.folder()) {
         (Some(gpt), ..) => gpt,
         (None, Some(vocab_size), _) => config.gpt(vocab_size),
@@ -290,8 +289,9 @@ fn dry_run(mut config: Config, known: Option<GptConfig>, vocab_size: Option<usiz
             config.gpt(Dataset::open(&dir, None, config.model.block_size)?.vocab_size())
         }
         (None, None, dir) => {
-            println!("{} is not prepared: its vocabulary is taken to be {GPT2_VOCAB}", dir.display());
-            config.gpt(GPT2_VOCAB)
+            let vocab_size = expected_vocab(&config.data.dataset);
+            println!("{} is not prepared: its vocabulary is taken to be {vocab_size}", dir.display());
+            config.gpt(vocab_size)
         }
     };
     adopt(&mut config, &gpt);
@@ -299,6 +299,16 @@ fn dry_run(mut config: Config, known: Option<GptConfig>, vocab_size: Option<usiz
     let plan = Plan::new(&config, &gpt, Budget::of(chosen), known.is_some());
     println!("{plan}");
     refuse_what_cannot_fit(&plan, &config)
+}
+
+/// The vocabulary that a dataset by this name has when it is prepared: one of characters for two of ours, else GPT-2's 50257
+/// tokens, padded as nanoGPT does.
+fn expected_vocab(dataset: &str) -> usize {
+    match Source::named(dataset) {
+        Some(Source::ShakespeareChar) => 65,
+        Some(Source::Builtin) => corpus::builtin().chars().collect::<BTreeSet<_>>().len(),
+        _ => 50304,
+    }
 }
 
 /// Ends a run that is too large before it begins. An evaluation alone takes a fraction of what the plan is about.

@@ -262,7 +262,7 @@ fn a_devices_pool_holds_what_is_estimated() {
         ("the quickstart", small, 12, 1, 0.0),
         ("dropout, biases", GptConfig { bias: true, ..small }, 16, 1, 0.2),
         ("accumulation", small, 12, 2, 0.0),
-        ("a large vocabulary", GptConfig { n_layer: 1, vocab_size: 20_000, ..small }, 4, 1, 0.0),
+        ("a large vocabulary", GptConfig { n_layer: 1, vocab_size: 20_000, ..small }, 1, 1, 0.0),
         ("a wide layer", GptConfig { n_layer: 2, n_head: 4, n_embd: 256, ..small }, 4, 2, 0.1),
         ("a long context", GptConfig { n_layer: 2, block_size: 256, ..small }, 4, 1, 0.0),
     ];

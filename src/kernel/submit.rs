@@ -17,13 +17,9 @@ thread_local! {
 /// Operations that a device of this kind (`discrete`, `integrated`, ...) may be given at once.
 ///
 /// A small integrated GPU sustains 0.15 TFLOP/s with our kernels, an M1 about 1, the smallest discrete ones 0.5: each takes a
-/// second or two. A software rasteriser has nobody who kills it.
+/// second or two.
 pub fn limit(kind: &str) -> f64 {
-    match kind {
-        "discrete" => 1e12,
-        "software" => f64::INFINITY,
-        _ => 2e11,
-    }
+    if kind == "discrete" { 1e12 } else { 2e11 }
 }
 
 /// Counts a launch of `flops` over `bytes`, and says whether what was launched before has to be submitted first.

@@ -1,9 +1,9 @@
 //! A device that fails in the middle of a run: what it did, as one error that a user can act on.
 //!
-//! wgpu reports in three ways. A call's own result: CubeCL hands it on at the next read or wait. A device that is lost: CubeCL's
-//! callback, which makes every later read and wait an error. And everything else (a refused allocation above all) through the
-//! device's handler for uncaptured errors. CubeCL's handler panics on its own thread, where nobody sees it, and a read that
-//! follows may return bytes that nothing wrote. So the handler is ours: it keeps the first error, and every read and wait asks.
+//! wgpu reports in three ways: in a call's own result, which CubeCL hands on at the next read or wait; to a callback when the
+//! device is lost; and everything else (a refused allocation above all) to the device's handler for uncaptured errors. CubeCL's
+//! handler panics on its own thread, where nobody sees it, and a read that follows may return bytes that nothing wrote. So
+//! callback and handler are ours: they keep what they are told, and every read and wait asks.
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -51,21 +51,26 @@ impl DeviceError {
         let text = first_lines(&error.to_string());
         match error {
             wgpu::Error::OutOfMemory { .. } => Self::OutOfMemory("an allocation was refused".into()),
-            _ if text.contains("lost") => Self::Lost(text),
             _ => Self::Other(text),
         }
     }
 
-    /// An error of Burn or CubeCL, whose variants name the fault and whose text goes on with a backtrace.
+    /// wgpu also gives a device up that has no memory for what it needs itself.
+    fn of_loss(reason: wgpu::DeviceLostReason, message: &str) -> Self {
+        match message {
+            _ if message.to_lowercase().contains("memory") => Self::OutOfMemory("wgpu gave the device up".into()),
+            "" => Self::Lost(format!("{reason:?}")),
+            _ => Self::Lost(first_lines(message)),
+        }
+    }
+
+    /// An error of Burn or CubeCL, whose text goes on with a backtrace.
     fn of_burn(error: &impl Debug) -> Self {
-        let text = format!("{error:?}");
-        let short = first_lines(&text);
-        match () {
-            () if text.contains("Poison") => Self::Lost(short),
-            () if text.contains("BufferTooBig") => {
-                Self::OutOfMemory("a buffer is larger than the device allows".into())
-            }
-            () => Self::Other(short),
+        let text = first_lines(&format!("{error:?}"));
+        if text.contains("allocate buffer of size") {
+            Self::OutOfMemory("a buffer is larger than the device allows".into())
+        } else {
+            Self::Other(text)
         }
     }
 }
@@ -81,20 +86,32 @@ fn first_lines(text: &str) -> String {
 struct Watched {
     cube: CubeDevice,
     device: wgpu::Device,
-    first: Arc<OnceLock<DeviceError>>,
+    told: Arc<Told>,
+}
+
+/// What wgpu told of a device, the first of each kind.
+#[derive(Default)]
+struct Told {
+    lost: OnceLock<DeviceError>,
+    error: OnceLock<DeviceError>,
 }
 
 static WATCHED: RwLock<Vec<Watched>> = RwLock::new(Vec::new());
 
 /// Keeps the first error of a device that Burn has been given.
 pub fn watch(cube: CubeDevice, device: wgpu::Device) {
-    let first = Arc::new(OnceLock::new());
-    let kept = first.clone();
+    let told = Arc::new(Told::default());
+    let kept = told.clone();
     device.on_uncaptured_error(Arc::new(move |error| {
         tracing::debug!("wgpu: {error}");
-        let _ = kept.set(DeviceError::of_wgpu(&error));
+        let _ = kept.error.set(DeviceError::of_wgpu(&error));
     }));
-    WATCHED.write().unwrap_or_else(PoisonError::into_inner).push(Watched { cube, device, first });
+    let kept = told.clone();
+    device.set_device_lost_callback(move |reason, message| {
+        tracing::debug!("wgpu lost the device: {reason:?} {message}");
+        let _ = kept.lost.set(DeviceError::of_loss(reason, &message));
+    });
+    WATCHED.write().unwrap_or_else(PoisonError::into_inner).push(Watched { cube, device, told });
 }
 
 fn watched<T>(device: &Device, look: impl FnOnce(&Watched) -> T) -> Option<T> {
@@ -116,9 +133,16 @@ pub fn devices() -> Vec<wgpu::Device> {
     WATCHED.read().unwrap_or_else(PoisonError::into_inner).iter().map(|watched| watched.device.clone()).collect()
 }
 
-/// The first error that wgpu reported of this device outside of any result.
-pub fn first(device: &Device) -> Option<DeviceError> {
-    watched(device, |watched| watched.first.get().cloned()).flatten()
+/// What wgpu told of this device outside of any result: that it is lost, else the first error.
+pub fn told(device: &Device) -> Option<DeviceError> {
+    watched(device, |Watched { device, told, .. }| {
+        if told.error.get().is_some() {
+            // The loss of a device may come after the complaints that it causes, to who asks.
+            let _ = device.poll(wgpu::PollType::Poll);
+        }
+        told.lost.get().or(told.error.get()).cloned()
+    })
+    .flatten()
 }
 
 /// `result` of a read or a wait, unless the device failed before: then nothing that it says counts.
@@ -126,12 +150,9 @@ pub fn first(device: &Device) -> Option<DeviceError> {
 /// # Errors
 /// The first thing that went wrong.
 pub fn checked<T, E: Debug>(device: &Device, result: Result<T, E>) -> Result<T, DeviceError> {
-    let result = result.map_err(|error| DeviceError::of_burn(&error));
-    match (first(device), result) {
-        // What comes after a loss complains of this and that.
-        (Some(DeviceError::Other(_)), Err(lost @ DeviceError::Lost(_))) => Err(lost),
-        (Some(error), _) => Err(error),
-        (None, result) => result,
+    match told(device) {
+        Some(error) => Err(error),
+        None => result.map_err(|error| DeviceError::of_burn(&error)),
     }
 }
 
@@ -188,8 +209,11 @@ mod tests {
     #[test]
     fn errors_are_told_apart() {
         let of = |text: &str| DeviceError::of_burn(&text);
-        assert!(matches!(of("DevicePoisoned(reason)"), DeviceError::Lost(_)));
-        assert!(matches!(of("BufferTooBig { size: 1 }"), DeviceError::OutOfMemory(_)));
+        assert!(matches!(of("can't allocate buffer of size: 1"), DeviceError::OutOfMemory(_)));
         assert!(matches!(of("NotFound"), DeviceError::Other(_)));
+        let lost = |message| DeviceError::of_loss(wgpu::DeviceLostReason::Unknown, message);
+        assert!(matches!(lost("Out of memory"), DeviceError::OutOfMemory(_)));
+        assert_eq!(lost("Parent device is lost").to_string(), "the device was lost (Parent device is lost)");
+        assert_eq!(lost("").to_string(), "the device was lost (Unknown)");
     }
 }

@@ -40,7 +40,7 @@ impl DeviceError {
                  on the device may hold the rest"
             }
             Self::Lost(_) => {
-                "the system's log may say why; `gpt-wgpu doctor` tells whether the device can be trusted, and a smaller \
+                "The system's log may say why; `gpt-wgpu doctor` tells whether the device can be trusted, and a smaller \
                  batch_size makes shorter work for it"
             }
             Self::Other(_) => "`gpt-wgpu doctor` tells whether the device can be trusted",
@@ -48,10 +48,9 @@ impl DeviceError {
     }
 
     fn of_wgpu(error: &wgpu::Error) -> Self {
-        let text = first_lines(&error.to_string());
         match error {
             wgpu::Error::OutOfMemory { .. } => Self::OutOfMemory("an allocation was refused".into()),
-            _ => Self::Other(text),
+            _ => Self::Other(first_lines(&error.to_string())),
         }
     }
 

@@ -144,7 +144,7 @@ fn exhaust(device: &wgpu::Device) {
 
 /// A long run whose device is broken in its middle, under a shell's `limits`.
 fn broken(sandbox: &Sandbox, fault: &str, limits: &str, device: &str) -> Output {
-    let arguments = [TINY, &["--max-iters=100000", "--always-save-checkpoint=false", device]].concat();
+    let arguments = [TINY, &["--max-iters=3000", "--always-save-checkpoint=false", device]].concat();
     let this = std::env::current_exe().unwrap();
     let script =
         format!("{limits}; exec {} a_process_that_breaks_its_device --exact --ignored --nocapture", this.display());
@@ -203,7 +203,7 @@ fn a_device_that_hangs_ends_the_run() {
     let before = sandbox.saved();
     // A step of seconds under a limit of milliseconds.
     let run =
-        ["train", "--resume", "--out-dir=out", "--max-iters=9", "--eval-interval=1000", "--batch-size=65536", &device];
+        ["train", "--resume", "--out-dir=out", "--max-iters=5", "--eval-interval=1000", "--batch-size=65536", &device];
     let output = sandbox.run(&run, &[("GPT_WGPU_WATCHDOG_S", "0.02")]);
     failed(&output, &["the device hangs", "0.02 s", "at iteration 5", "out/checkpoints/last", "GPT_WGPU_WATCHDOG_S"]);
     assert!(before == sandbox.saved());

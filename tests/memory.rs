@@ -262,7 +262,7 @@ fn a_devices_pool_holds_what_is_estimated() {
     let _one = ONE.lock();
     let small = GptConfig { n_layer: 3, n_head: 3, n_embd: 96, block_size: 64, vocab_size: 65, ..CHAR };
     let cases = [
-        ("the quickstart", small, 12, 1, 0.0),
+        ("many activations", GptConfig { n_layer: 4, ..small }, 48, 1, 0.0),
         ("dropout, biases", GptConfig { bias: true, ..small }, 16, 1, 0.2),
         ("accumulation", small, 12, 2, 0.0),
         ("a large vocabulary", GptConfig { n_layer: 1, vocab_size: 20_000, ..small }, 1, 1, 0.0),

@@ -56,10 +56,13 @@ struct Half {
     inside: Vec<Buffer>,
 }
 
-/// What a block keeps: its halves, of which the second is None where the block keeps its input alone.
+/// What a block keeps, by the shape's [`Keep`].
 enum Kept {
-    Everything(Half, Half),
+    /// All of both halves, attention's first.
+    Everything(Box<[Half; 2]>),
+    /// Their inputs.
     HalfInputs(Buffer, Buffer),
+    /// The block's input.
     Input(Buffer),
 }
 
@@ -237,7 +240,7 @@ impl Replayer<'_> {
         };
         let (y, mlp) = self.mlp(middle);
         let kept = match (attention, self.shape.keep) {
-            (Ok(attention), _) => Kept::Everything(attention, mlp),
+            (Ok(attention), _) => Kept::Everything(Box::new([attention, mlp])),
             (Err(x), Keep::Blocks) => {
                 let middle = self.forget(mlp);
                 self.give(middle);
@@ -349,7 +352,8 @@ impl Replayer<'_> {
 
     fn block_backward(&mut self, dy: Buffer, kept: Kept) -> Buffer {
         match kept {
-            Kept::Everything(attention, mlp) => {
+            Kept::Everything(halves) => {
+                let [attention, mlp] = *halves;
                 let dy = self.mlp_backward(dy, mlp);
                 self.attention_backward(dy, attention)
             }

@@ -28,20 +28,18 @@ pub struct Budget {
 impl Budget {
     /// The budget of an opened device.
     pub fn of(chosen: &Chosen) -> Self {
-        let (source, hint) = match chosen.backend {
-            "metal" => (
-                "recommended by Metal",
-                Some("`sudo sysctl iogpu.wired_limit_mb=N` lets the GPU have N MiB, until the next start"),
-            ),
-            "vulkan" => ("the device's own memory, in use by others or not", None),
-            "cpu" => ("all memory of this computer", None),
-            _ => ("not known: this API does not tell", None),
-        };
+        const WIRED: &str = "`sudo sysctl iogpu.wired_limit_mb=N` lets the GPU have N MiB, until the next start";
         let bytes = chosen.memory_bytes();
+        let (source, hint) = match chosen.backend {
+            _ if bytes.is_none() => ("not known: this API does not tell", None),
+            "metal" => ("recommended by Metal", Some(WIRED)),
+            "cpu" => ("all memory of this computer", None),
+            _ => ("the device's own memory, in use by others or not", None),
+        };
         Self {
             bytes,
-            source: if bytes.is_some() { source } else { "not known" },
-            hint: hint.filter(|_| bytes.is_some()),
+            source,
+            hint,
             largest_buffer: chosen.adapter.as_ref().map_or(u64::MAX, |adapter| {
                 adapter.limits.max_binding.min(adapter.limits.max_buffer).min(LARGEST_BUFFER)
             }),

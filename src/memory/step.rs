@@ -165,7 +165,8 @@ impl Replayer<'_> {
                 let gradients = std::mem::replace(&mut self.gradients, sum);
                 self.give_all(gradients); // added into the sum
             }
-            let mut gradients = std::mem::take(&mut self.gradients).into_iter();
+            // Made from the last layer to the first, given back in the parameters' order.
+            let mut gradients = std::mem::take(&mut self.gradients).into_iter().rev();
             for &size in &sizes {
                 if moments.len() < 2 * sizes.len() {
                     moments.extend([(); 2].map(|()| self.take(Use::Optimizer, "a moment", size)));

@@ -84,6 +84,6 @@ fn noop() -> Result<Device> {
     };
     let matrices = vec![(16, true)];
     let capabilities = Capabilities { subgroup_size: Some(SUBGROUP_SIZE), matrices, f16: true, int64: true };
-    kernel::register(cube.clone(), capabilities);
+    kernel::register(cube.clone(), capabilities, f64::INFINITY);
     Ok(device)
 }

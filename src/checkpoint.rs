@@ -20,6 +20,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
+use crate::failure;
 use crate::model::{Gpt, GptConfig};
 use crate::ops::linear::Gelu;
 use crate::ops::verdict;
@@ -239,7 +240,8 @@ fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 
 /// A tensor's values on the host; waits for the device.
 pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
-    let data = tensor.try_into_data().map_err(|e| anyhow!("the device failed: {e:?}"))?;
+    let device = tensor.device();
+    let data = failure::checked(&device, tensor.try_into_data())?;
     data.try_into_vec::<f32>().map_err(|e| anyhow!("unexpected element type: {e:?}"))
 }
 

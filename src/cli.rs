@@ -11,16 +11,20 @@ mod sample;
 mod train;
 
 use std::ffi::OsString;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
+use burn::tensor::Device;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use thiserror::Error;
 
 use crate::checkpoint;
+use crate::config::ConfigError;
+use crate::failure::{self, DeviceError};
 
 #[derive(Parser)]
 #[command(
@@ -67,6 +71,22 @@ enum Command {
 #[derive(Debug, Error)]
 #[error("interrupted; saved to {}. Go on with: gpt-wgpu train --resume --out-dir {}", .0.display(), .1.display())]
 pub struct Interrupted(PathBuf, PathBuf);
+
+/// The whole program: runs the command, prints its error if there is one, and returns the exit code.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
+    catch_panics();
+    let error = match catch_unwind(AssertUnwindSafe(|| run(args))) {
+        Ok(Ok(())) => return 0,
+        Ok(Err(error)) => error,
+        Err(_) => panic_error(),
+    };
+    if error.is::<Interrupted>() {
+        eprintln!("{error}");
+        return 130;
+    }
+    eprintln!("error: {error:#}");
+    if error.is::<ConfigError>() { 2 } else { 1 }
+}
 
 /// Parses `args` and runs the command.
 ///
@@ -117,7 +137,7 @@ static PANIC: OnceLock<String> = OnceLock::new();
 /// A panic in a library (a lost device, a full GPU memory) is an error like any other to the user: kept, not printed.
 ///
 /// The first one counts, on whichever thread: a device's own thread fails first and the caller only sees that it is gone.
-pub fn catch_panics() {
+fn catch_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic.payload_as_str().unwrap_or("unknown failure");
         let place = panic.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
@@ -126,12 +146,32 @@ pub fn catch_panics() {
 }
 
 /// The panic that ended [`run`], as an error.
-pub fn panic_error() -> anyhow::Error {
-    anyhow!(
-        "the device or a library failed: {}. Checkpoints that were saved are intact; try a smaller batch_size or \
-         --device cpu, and please report it with the output of `gpt-wgpu info`",
-        PANIC.get().map_or("unknown failure", String::as_str)
-    )
+fn panic_error() -> anyhow::Error {
+    anyhow!("{}. Checkpoints that were saved are intact; {PANIC_ADVICE}", panic_text())
+}
+
+const PANIC_ADVICE: &str =
+    "try a smaller batch_size or --device cpu, and please report it with the output of `gpt-wgpu info`";
+
+fn panic_text() -> String {
+    format!("the device or a library failed: {}", PANIC.get().map_or("unknown failure", String::as_str))
+}
+
+/// What `run` returns; where the device failed or a library panicked, an error that says when, what is left and what to do.
+fn explained<T>(device: &Device, out_dir: &Path, run: impl FnOnce() -> Result<T>) -> Result<T> {
+    let failed = |error: &DeviceError| (error.to_string(), error.advice());
+    let (what, advice) = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(value)) => return Ok(value),
+        Ok(Err(error)) => match error.chain().find_map(|cause| cause.downcast_ref::<DeviceError>()) {
+            Some(cause) => failed(cause),
+            None => return Err(error),
+        },
+        Err(_) => match failure::told(device) {
+            Some(cause) => failed(&cause),
+            None => (panic_text(), PANIC_ADVICE),
+        },
+    };
+    Err(anyhow!(failure::story(&what, out_dir, advice)))
 }
 
 /// Set once by Ctrl-C; a second Ctrl-C ends the program at once.

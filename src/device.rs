@@ -9,6 +9,7 @@ use burn::tensor::Device;
 use burn_wgpu::WgpuSetup;
 use serde::Serialize;
 
+use crate::failure;
 use crate::kernel::{self, Capabilities};
 
 /// What `--device` says: `auto`, `cpu`, or an API with an optional adapter index (`vulkan:1`).
@@ -147,6 +148,21 @@ pub struct Chosen {
     pub capabilities: Capabilities,
 }
 
+impl Chosen {
+    /// Bytes of memory: the adapter's where its API tells, this computer's for the CPU.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        use sysinfo::{MemoryRefreshKind, RefreshKind, System};
+        match &self.adapter {
+            Some(adapter) => adapter.memory_bytes,
+            None => {
+                let what = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+                let bytes = System::new_with_specifics(what).ok()?.total_memory();
+                Some(bytes).filter(|&bytes| bytes > 0)
+            }
+        }
+    }
+}
+
 impl fmt::Display for Chosen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "device: {} ({}): {}", self.name, self.backend, self.reason)
@@ -243,10 +259,19 @@ fn memory_bytes(adapter: &wgpu::Adapter) -> Option<u64> {
     Some(metal.raw_device().recommendedMaxWorkingSetSize())
 }
 
-/// wgpu tells no memory size elsewhere.
+/// The size of Vulkan's largest heap on the device itself; the other APIs tell none.
 #[cfg(not(target_vendor = "apple"))]
-fn memory_bytes(_adapter: &wgpu::Adapter) -> Option<u64> {
-    None
+fn memory_bytes(adapter: &wgpu::Adapter) -> Option<u64> {
+    /// VK_MEMORY_HEAP_DEVICE_LOCAL_BIT
+    const DEVICE_LOCAL: u32 = 1;
+    // SAFETY: the raw handles are only read from, and not kept.
+    let properties = unsafe {
+        let vulkan = adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
+        let instance = vulkan.shared_instance().raw_instance();
+        instance.get_physical_device_memory_properties(vulkan.raw_physical_device())
+    };
+    let heaps = properties.memory_heaps.iter().take(properties.memory_heap_count as usize);
+    heaps.filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0).map(|heap| heap.size).max()
 }
 
 /// Lower is better: real GPUs first, the strongest kind of them first.
@@ -317,7 +342,7 @@ fn auto() -> Result<Chosen> {
 /// # Errors
 /// When the device failed.
 pub fn wait(device: &Device) -> Result<()> {
-    device.sync().map_err(|error| anyhow!("the device failed: {error:?}"))
+    Ok(failure::checked(device, device.sync())?)
 }
 
 /// Whether the device that `spec` asks for is there, without opening it.
@@ -393,13 +418,15 @@ fn open(
     let (device, queue) = pollster::block_on(adapter.request_device(&request))
         .with_context(|| format!("{} ({}) refused to make a device", report.name, report.device))?;
     let capabilities = capabilities(&adapter);
+    let wgpu_device = device.clone();
     let setup = WgpuSetup { backend: adapter.get_info().backend, instance, adapter, device, queue };
     let device = Device::wgpu_options()
         .setup(setup)
         .init()
         .with_context(|| format!("{} ({}) cannot run Burn", report.name, report.device))?;
     if let DispatchDevice::Cube(cube) = device.as_dispatch() {
-        kernel::register(cube.clone(), capabilities.clone());
+        kernel::register(cube.clone(), capabilities.clone(), kernel::submit_limit(report.kind));
+        failure::watch(cube.clone(), wgpu_device);
     }
     Ok(Chosen { capabilities, device, name: report.name.clone(), backend: api.name(), reason, adapter: Some(report) })
 }

@@ -5,6 +5,7 @@
 //! uniform is uniform enough for cooperative matrices, and CubeCL caches it by value.
 
 pub mod lanes;
+mod submit;
 
 use std::sync::{PoisonError, RwLock};
 
@@ -19,6 +20,8 @@ use cubecl::{
 use serde::{Deserialize, Serialize};
 
 use crate::profile;
+
+pub use submit::limit as submit_limit;
 
 /// The text of a kernel and the size of its workgroup. The entry point is `main`.
 #[derive(Clone, Debug)]
@@ -114,13 +117,21 @@ impl Kernel {
     /// The caller guarantees what the kernel's file states of its bindings: CubeCL's WGSL path checks no bounds.
     pub fn launch(self, grid: (u32, u32, u32), tensors: &[&CubeTensor], params: &[u32]) {
         let client = &tensors[0].client;
-        let kernel = Self { int64: with_capabilities(tensors[0], |device| device.int64), ..self };
+        let (int64, submit_limit) = with_device(tensors[0], |device| match device {
+            Some(device) => (device.capabilities.int64, device.submit_limit),
+            None => (false, f64::INFINITY),
+        });
+        let kernel = Self { int64, ..self };
         let buffers = tensors.iter().map(|t| t.handle.clone().binding()).collect();
         let mut arguments = KernelArguments::new().with_buffers(buffers);
         arguments.info = MetadataBindingInfo::custom(pack(params));
+        let bytes = tensors.iter().map(|t| t.meta.shape().num_elements() * t.dtype.size()).sum();
+        if submit::is_full(kernel.work.flops, bytes, submit_limit) {
+            // What fails here fails at the next read or wait too.
+            let _ = client.flush();
+        }
         let launch = |kernel| client.launch(Box::new(kernel), CubeCount::Static(grid.0, grid.1, grid.2), arguments);
         if profile::is_on() {
-            let bytes = tensors.iter().map(|t| t.meta.shape().num_elements() * t.dtype.size()).sum();
             profile::record(client, kernel.name, kernel.work, bytes, || launch(kernel));
         } else {
             launch(kernel);
@@ -254,13 +265,21 @@ pub fn describe(capabilities: &Capabilities, f16: bool) -> String {
     chosen(capabilities, f16).map_or("Burn's own".to_string(), |variant| variant.to_string())
 }
 
+/// What the operations know of a device.
+struct Registered {
+    device: CubeDevice,
+    capabilities: Capabilities,
+    submit_limit: f64,
+}
+
 /// The devices that were opened, and the choice for this process.
-static DEVICES: RwLock<Vec<(CubeDevice, Capabilities)>> = RwLock::new(Vec::new());
+static DEVICES: RwLock<Vec<Registered>> = RwLock::new(Vec::new());
 static CHOICE: RwLock<Kernels> = RwLock::new(Kernels::Auto);
 
-/// Makes a device's capabilities known to the operations.
-pub fn register(device: CubeDevice, capabilities: Capabilities) {
-    DEVICES.write().unwrap_or_else(PoisonError::into_inner).push((device, capabilities));
+/// Makes a device's capabilities known to the operations, and the work that it may be given at once ([`submit_limit`]).
+pub fn register(device: CubeDevice, capabilities: Capabilities, submit_limit: f64) {
+    let registered = Registered { device, capabilities, submit_limit };
+    DEVICES.write().unwrap_or_else(PoisonError::into_inner).push(registered);
 }
 
 /// The capabilities of a tensor's device; nothing special where it was opened by other means than [`crate::device`].
@@ -268,13 +287,18 @@ pub fn capabilities(tensor: &CubeTensor) -> Capabilities {
     with_capabilities(tensor, Capabilities::clone)
 }
 
-/// What `look` sees in the capabilities of a tensor's device, without a copy of them: every launch asks.
+/// What `look` sees in the capabilities of a tensor's device, without a copy of them.
 fn with_capabilities<T>(tensor: &CubeTensor, look: impl FnOnce(&Capabilities) -> T) -> T {
-    let devices = DEVICES.read().unwrap_or_else(PoisonError::into_inner);
-    match devices.iter().find(|(device, _)| *device == tensor.device) {
-        Some((_, capabilities)) => look(capabilities),
+    with_device(tensor, |device| match device {
+        Some(device) => look(&device.capabilities),
         None => look(&Capabilities::default()),
-    }
+    })
+}
+
+/// What `look` sees of a tensor's device, where it was opened by [`crate::device`].
+fn with_device<T>(tensor: &CubeTensor, look: impl FnOnce(Option<&Registered>) -> T) -> T {
+    let devices = DEVICES.read().unwrap_or_else(PoisonError::into_inner);
+    look(devices.iter().find(|registered| registered.device == tensor.device))
 }
 
 /// Chooses the kernels of this process.

@@ -21,8 +21,12 @@ pub mod data;
 pub mod device;
 /// Whether a device can be trusted to train.
 pub mod doctor;
+/// Devices that fail in the middle of a run.
+pub mod failure;
 /// One WGSL kernel and its launch.
 pub mod kernel;
+/// How much device memory a run needs.
+pub mod memory;
 /// Terminal lines and metrics.jsonl.
 pub mod metrics;
 /// The GPT.
@@ -53,3 +57,5 @@ pub mod tokenizer;
 pub mod train;
 /// The operations once more, as plain f64 loops.
 pub mod twins;
+/// Ends a run whose device hangs.
+pub mod watchdog;

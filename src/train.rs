@@ -12,6 +12,7 @@ use crate::checkpoint::{self, Checkpoint, State, read};
 use crate::config::Config;
 use crate::data::{Batch, Dataset, Split};
 use crate::device;
+use crate::failure;
 use crate::metrics::{NANOGPT_PEAK, Record, Reporter};
 use crate::model::{Gpt, GptConfig, Scale};
 use crate::ops::dropout::Dropout;
@@ -97,6 +98,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
 
     let ended = loop {
         let iter = state.step;
+        failure::begin(iter);
         let lr = optim::learning_rate(&config.optim, iter);
 
         if iter.is_multiple_of(config.train.eval_interval) || config.train.eval_only {
@@ -335,12 +337,7 @@ fn finite(value: f64, what: &str, iter: u64, config: &Config) -> Result<()> {
     if value.is_finite() {
         return Ok(());
     }
-    let last = checkpoint::path(&config.train.out_dir, "last");
-    let kept = if last.exists() {
-        format!("the last good checkpoint is {}", last.display())
-    } else {
-        "no checkpoint was saved before".to_string()
-    };
+    let kept = failure::kept(&config.train.out_dir);
     bail!("the {what} at iteration {iter} is {value}; {kept}. A lower learning_rate or a grad_clip of 1.0 often helps")
 }
 

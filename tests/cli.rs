@@ -422,3 +422,52 @@ fn completions_and_the_manual_name_every_command() {
         }
     }
 }
+
+/// Lines such as `  total   12.3 MiB` by their names.
+fn amounts(printed: &str) -> std::collections::BTreeMap<String, f64> {
+    let amount = |line: &str| {
+        let (name, bytes) = line.strip_suffix(" MiB")?.rsplit_once(' ')?;
+        Some((name.trim().to_string(), bytes.parse().ok()?))
+    };
+    printed.lines().filter_map(amount).collect()
+}
+
+#[test]
+fn a_dry_run_prints_what_the_run_takes_and_begins_nothing() {
+    let sandbox = Sandbox::new();
+    let output = sandbox.train(&["--dry-run", "--vocab-size=65"]);
+    let printed = text(&output);
+    assert!(output.status.success(), "{printed}");
+    let amounts = amounts(&printed);
+    let parts = ["parameters", "gradients", "optimizer", "activations", "workspace", "rests of pages"];
+    let sum: f64 =
+        parts.iter().map(|part| amounts.get(*part).unwrap_or_else(|| panic!("no {part} in {printed}"))).sum();
+    assert!((sum - amounts["total"]).abs() < 0.5, "{printed}");
+    assert!(printed.contains("largest batch_size that fits: ") && printed.contains("all memory of this computer"));
+    assert!(!sandbox.path("out").exists() && !sandbox.path("data").exists(), "it wrote something");
+    for (dataset, vocab) in [("openwebtext", "50304"), ("shakespeare_char", "65")] {
+        let output = sandbox.train(&["--dry-run", "--dataset", dataset]);
+        let printed = text(&output);
+        assert!(output.status.success() && printed.contains(&format!("taken to be {vocab}")), "{printed}");
+    }
+    let expected = sandbox.train(&["--dry-run"]);
+    sandbox.trained();
+    let known = sandbox.train(&["--dry-run"]);
+    let last = |output: &Output| text(output).lines().rev().take(9).map(String::from).collect::<Vec<_>>();
+    assert_eq!(last(&expected), last(&known), "the built-in corpus's vocabulary");
+}
+
+#[test]
+fn a_run_that_cannot_fit_is_refused_with_settings_that_fit() {
+    let sandbox = Sandbox::new();
+    let large = ["--batch-size=1048576", "--block-size=2048", "--n-embd=64", "--vocab-size=65"];
+    for more in [&["--dry-run"][..], &[]] {
+        let output = sandbox.train(&[&large[..], more].concat());
+        refused(
+            &output,
+            1,
+            &["this run needs about", "the device has", "batch_size = ", "gradient_accumulation_steps = "],
+        );
+        assert!(!sandbox.path("out").exists(), "a refused run began");
+    }
+}

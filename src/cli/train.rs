@@ -1,23 +1,27 @@
 //! `gpt-wgpu train`.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use burn::module::Module;
 use clap::{ArgMatches, Args, parser::ValueSource};
 
-use super::{Interrupted, stop_flag};
+use super::{Interrupted, explained, stop_flag};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, QUICKSTART};
 use crate::corpus;
 use crate::data::{Dataset, Split};
 use crate::device::{self, Chosen};
+use crate::failure;
 use crate::kernel;
+use crate::memory::plan::{Budget, Plan};
 use crate::model::GptConfig;
 use crate::prepare::{self, Source};
 use crate::sample::{Sampling, generate};
 use crate::tokenizer::{Meta, Tokenizer};
 use crate::train::{self, Ended, Run, Start};
+use crate::watchdog::Watchdog;
 
 #[derive(Args)]
 pub struct TrainArgs {
@@ -29,6 +33,9 @@ pub struct TrainArgs {
     /// Print the resolved configuration and stop
     #[arg(long)]
     print_config: bool,
+    /// Print what memory the run takes and whether it fits the device, and stop; exit code 1 where it does not
+    #[arg(long)]
+    dry_run: bool,
     /// Print nothing but errors
     #[arg(long, short)]
     quiet: bool,
@@ -66,18 +73,22 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     }
     say(precision.to_string());
     let bare = args.config.is_none() && !given(matches, "dataset") && resumed.is_none();
-    let dir = dataset(&mut config, bare, args.quiet)?;
-    let start = known_start(&config, resumed, &chosen)?;
-    let known = start.as_ref().map(Start::shape);
+    let origin = Origin::of(&config, resumed)?;
+    let known = origin.shape();
     let vocab_size = match (known, config.model.vocab_size) {
         (Some(gpt), _) => Some(gpt.vocab_size),
         (None, 0) => None,
         (None, given) => Some(given),
     };
+    if args.dry_run {
+        return dry_run(config, known, vocab_size, &chosen, precision.f16);
+    }
+    let dir = dataset(&mut config, bare, args.quiet)?;
     let block_size = known.map_or(config.model.block_size, |gpt| gpt.block_size);
     let data = Dataset::open(&dir, vocab_size, block_size)?;
     let gpt = known.unwrap_or_else(|| config.gpt(data.vocab_size()));
     adopt(&mut config, &gpt);
+    refuse_what_cannot_fit(&Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), known.is_some()), &config)?;
     write_config(&config)?;
     say(format!(
         "dataset: {}: {} train and {} val tokens, vocabulary {}",
@@ -89,19 +100,22 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     say(format!("number of parameters: {:.2}M", gpt.parameters() as f64 / 1e6));
     say(format!("tokens per iteration will be: {}", config.tokens_per_iter()));
 
-    let (model, ended) = train::run(
-        &config,
-        Run {
+    let stop = stop_flag()?;
+    let watchdog = Watchdog::start(failure::wgpu_device(&chosen.device), config.train.out_dir.clone())?;
+    let (model, ended) = explained(&chosen.device, &config.train.out_dir, || {
+        let run = Run {
             device: &chosen.device,
             data: &data,
             tokenizer: Some(dir.join(checkpoint::META)),
-            start: start.unwrap_or(Start::Scratch(gpt)),
+            start: origin.start(gpt, &chosen)?,
             f16: precision.f16,
             quiet: args.quiet,
             profile: args.profile,
-            stop: stop_flag()?,
-        },
-    )?;
+            stop,
+        };
+        train::run(&config, run)
+    })?;
+    drop(watchdog);
     if ended == Ended::Interrupted {
         let out_dir = config.train.out_dir;
         return Err(Interrupted(checkpoint::path(&out_dir, "last"), out_dir).into());
@@ -213,29 +227,105 @@ fn dataset(config: &mut Config, bare: bool, quiet: bool) -> Result<PathBuf> {
     }
 }
 
-/// What to start from, unless it is from scratch.
-fn known_start(config: &Config, resumed: Option<Checkpoint>, chosen: &Chosen) -> Result<Option<Start>> {
-    if let Some(checkpoint) = resumed {
-        return Ok(Some(Start::Resume(Box::new(checkpoint))));
+/// What a run starts from, before any of it is on the device.
+enum Origin {
+    /// New weights.
+    Scratch,
+    /// A run that was stopped.
+    Resumed(Box<Checkpoint>),
+    /// The weights in a folder, and the shape of their model.
+    Weights(PathBuf, GptConfig),
+}
+
+impl Origin {
+    fn of(config: &Config, resumed: Option<Checkpoint>) -> Result<Self> {
+        if let Some(checkpoint) = resumed {
+            return Ok(Self::Resumed(Box::new(checkpoint)));
+        }
+        if config.train.init_from == "scratch" {
+            return Ok(Self::Scratch);
+        }
+        let dir = Path::new(&config.train.init_from);
+        ensure!(
+            dir.is_dir(),
+            "init_from = {}: expected scratch, resume, or the folder of a checkpoint or of a GPT-2 (config.json and \
+             model.safetensors)",
+            dir.display()
+        );
+        let gpt = if dir.join("state.json").exists() {
+            checkpoint::open(dir)?.state.model
+        } else {
+            checkpoint::hf_model_config(dir)?
+        };
+        Ok(Self::Weights(dir.into(), gpt))
     }
-    if config.train.init_from == "scratch" {
-        return Ok(None);
+
+    /// The model's shape, where it is given.
+    fn shape(&self) -> Option<GptConfig> {
+        match self {
+            Self::Scratch => None,
+            Self::Resumed(checkpoint) => Some(checkpoint.state.model),
+            Self::Weights(_, gpt) => Some(*gpt),
+        }
     }
-    let dir = Path::new(&config.train.init_from);
-    ensure!(
-        dir.is_dir(),
-        "init_from = {}: expected scratch, resume, or the folder of a checkpoint or of a GPT-2 (config.json and \
-         model.safetensors)",
-        dir.display()
-    );
-    let device = chosen.device.clone().autodiff();
-    let model = if dir.join("state.json").exists() {
-        checkpoint::open(dir)?.model(&device)?
-    } else {
-        let gpt = checkpoint::hf_model_config(dir)?;
-        checkpoint::load_model(&dir.join("model.safetensors"), &gpt, &device)?
+
+    /// What [`train::run`] starts from; weights are loaded now.
+    fn start(self, gpt: GptConfig, chosen: &Chosen) -> Result<Start> {
+        Ok(match self {
+            Self::Scratch => Start::Scratch(gpt),
+            Self::Resumed(checkpoint) => Start::Resume(checkpoint),
+            Self::Weights(dir, gpt) => {
+                let device = chosen.device.clone().autodiff();
+                let model = checkpoint::load_model(&dir.join("model.safetensors"), &gpt, &device)?;
+                Start::Weights(Box::new(model))
+            }
+        })
+    }
+}
+
+/// Prints what the run takes. A dataset that is not there yet is not prepared for it.
+fn dry_run(
+    mut config: Config,
+    known: Option<GptConfig>,
+    vocab_size: Option<usize>,
+    chosen: &Chosen,
+    f16: bool,
+) -> Result<()> {
+    let gpt = match (known, vocab_size, config.data.folder()) {
+        (Some(gpt), ..) => gpt,
+        (None, Some(vocab_size), _) => config.gpt(vocab_size),
+        (None, None, dir) if dir.join("train.bin").exists() => {
+            config.gpt(Dataset::open(&dir, None, config.model.block_size)?.vocab_size())
+        }
+        (None, None, dir) => {
+            let vocab_size = expected_vocab(&config.data.dataset);
+            println!("{} is not prepared: its vocabulary is taken to be {vocab_size}", dir.display());
+            config.gpt(vocab_size)
+        }
     };
-    Ok(Some(Start::Weights(Box::new(model))))
+    adopt(&mut config, &gpt);
+    println!("number of parameters: {:.2}M", gpt.parameters() as f64 / 1e6);
+    let plan = Plan::new(&config, &gpt, Budget::of(chosen, f16), known.is_some());
+    println!("{plan}");
+    refuse_what_cannot_fit(&plan, &config)
+}
+
+/// The vocabulary that a dataset by this name has when it is prepared: one of characters for two of ours, else GPT-2's 50257
+/// tokens, padded as nanoGPT does.
+fn expected_vocab(dataset: &str) -> usize {
+    match Source::named(dataset) {
+        Some(Source::ShakespeareChar) => 65,
+        Some(Source::Builtin) => corpus::builtin().chars().collect::<BTreeSet<_>>().len(),
+        _ => 50304,
+    }
+}
+
+/// Ends a run that is too large before it begins. An evaluation alone takes a fraction of what the plan is about.
+fn refuse_what_cannot_fit(plan: &Plan, config: &Config) -> Result<()> {
+    match plan.refusal() {
+        Some(refusal) if !config.train.eval_only => bail!(refusal),
+        _ => Ok(()),
+    }
 }
 
 /// The resolved configuration, beside what it made.

@@ -147,13 +147,15 @@ impl<B: BlockOps, const N: usize> Backward<B, N> for BlockBackward<N> {
         if let Some(b_out) = b_out {
             grads.register::<B>(b_out, B::linear_db(dz.clone()));
         }
+        // Attention's backward needs the heads once more; the MLP's hidden layer goes as soon as it can.
+        let heads = matches!(s.branch, Branch::Attention(..)).then(|| s.outer.clone());
         if let Some(w_out) = w_out {
-            grads.register::<B>(w_out, B::linear_dw(dz.clone(), s.outer.clone()));
+            grads.register::<B>(w_out, B::linear_dw(dz.clone(), s.outer));
         }
-        let dinner = match (s.branch, s.lse) {
-            (Branch::Attention(n_head, dropout), Some(lse)) => {
+        let dinner = match (s.branch, heads.zip(s.lse)) {
+            (Branch::Attention(n_head, dropout), Some((heads, lse))) => {
                 let dheads = B::linear_dx(dz, s.w_out);
-                B::causal_attention_backward(dheads, s.inner, s.outer, lse, n_head, dropout)
+                B::causal_attention_backward(dheads, s.inner, heads, lse, n_head, dropout)
             }
             // outer = gelu(inner). Not in the product's epilogue: its slope's arithmetic would keep the matrix units waiting, and
             // made a product of 1536 x 384 a third slower than both apart.

@@ -134,7 +134,7 @@ impl<B: Backend> Targets<B> {
 
 /// The ranges of rows whose logits exist together.
 fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let chunk = (CHUNK_ELEMENTS / vocab.max(1)).max(1);
+    let chunk = chunk_rows(vocab, false, true);
     (0..rows).step_by(chunk).map(move |start| start..(start + chunk).min(rows))
 }
 
@@ -188,6 +188,21 @@ impl CrossEntropyOps for Flex {}
 /// Logits in one chunk on a GPU at most, in bytes. Every chunk reads and writes dw once more.
 const GPU_CHUNK_BYTES: usize = 256 << 20;
 
+/// Elements from row to row of the logits: whole packs, so that the products can move packs. The padding holds zeros once it is
+/// a gradient.
+pub fn logits_stride(vocab: usize, f16: bool) -> usize {
+    vocab.next_multiple_of(if f16 { 8 } else { 4 })
+}
+
+/// Rows whose logits, in f16 (or f32), exist together, at most.
+pub fn chunk_rows(vocab: usize, f16: bool, composed: bool) -> usize {
+    if composed {
+        return (CHUNK_ELEMENTS / vocab.max(1)).max(1);
+    }
+    let row_bytes = logits_stride(vocab, f16) * if f16 { 2 } else { 4 };
+    (GPU_CHUNK_BYTES / row_bytes.max(1) / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT)
+}
+
 /// A chunk begins where a binding may begin: at a multiple of 256 bytes.
 const CHUNK_ALIGNMENT: usize = 64;
 
@@ -237,9 +252,8 @@ struct Wanted<'a> {
 fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor, wanted: Option<Wanted>) -> CubeTensor {
     let [vocab, channels] = w.meta.shape().dims::<2>();
     let rows = x.meta.shape().num_elements() / channels;
-    // Rows of whole packs, so that the products can move packs; the padding holds zeros once it is a gradient.
     let f16 = x.dtype == DType::F16;
-    let stride = vocab.next_multiple_of(if f16 { 8 } else { 4 });
+    let stride = logits_stride(vocab, f16);
     let f32s = |shape: Shape| kernel::empty_of(x, shape, DType::F32);
     let (count, losses, loss) = (f32s(Shape::new([2])), f32s(Shape::new([rows])), f32s(Shape::new([1])));
     // What is bound where there is no scale only has to be a buffer: `count` itself would be bound twice.
@@ -249,8 +263,7 @@ fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor,
         None => (&losses, false, 1),
     };
     count_kernel().launch((1, 1, 1), &[targets, scale, &count], &[rows as u32, u32::from(is_scaled), parts as u32]);
-    let row_bytes = stride * x.dtype.size();
-    let chunk = (GPU_CHUNK_BYTES / row_bytes / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT).min(rows);
+    let chunk = chunk_rows(vocab, f16, false).min(rows);
     let logits = kernel::empty(x, Shape::new([chunk, stride]));
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);

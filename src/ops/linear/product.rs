@@ -65,11 +65,8 @@ impl<'a> Product<'a> {
     /// gradient, or what comes back through a head. The parts are added in a fixed order. `accumulate` adds to what
     /// `out` (without padding) holds.
     pub fn launch_tall(&self, variant: Variant, out: &CubeTensor, accumulate: bool) {
-        let tile = tiles::choose(variant, self.a.dtype == DType::F16, self.m, self.n);
-        let steps = self.k.div_ceil(tile.k as usize);
-        let wanted = ENOUGH_GROUPS.div_ceil(tile.blocks(self.m, self.n)).clamp(1, steps.div_ceil(LEAST_STEPS).max(1));
-        let k_split = steps.div_ceil(wanted) * tile.k as usize;
-        let splits = self.k.div_ceil(k_split.max(1));
+        let f16 = self.a.dtype == DType::F16;
+        let (splits, k_split) = splits(variant, f16, [self.m, self.n, self.k]);
         if splits <= 1 && !accumulate {
             return self.launch(variant, out);
         }
@@ -100,6 +97,15 @@ impl<'a> Product<'a> {
         tensors.extend(self.extra);
         plan.kernel().launch(fold(plan.groups()), &tensors, &plan.params());
     }
+}
+
+/// How many parts a tall product (M, N) over K of factors in f16 (or f32) is split into, and what of K each of them sums.
+pub fn splits(variant: Variant, f16: bool, [m, n, k]: [usize; 3]) -> (usize, usize) {
+    let tile = tiles::choose(variant, f16, m, n);
+    let steps = k.div_ceil(tile.k as usize);
+    let wanted = ENOUGH_GROUPS.div_ceil(tile.blocks(m, n).max(1)).clamp(1, steps.div_ceil(LEAST_STEPS).max(1));
+    let k_split = steps.div_ceil(wanted) * tile.k as usize;
+    (k.div_ceil(k_split.max(1)), k_split)
 }
 
 /// One launch, but for its buffers: A, B, out (splits, M, N), then the bias and the extra matrix where there are any.

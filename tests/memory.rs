@@ -152,13 +152,12 @@ fn every_setting_that_a_refusal_offers_fits_and_the_next_larger_does_not() {
     let next = (batch + 1..12).find(|batch| 480 % batch == 0).unwrap();
     assert!(refused(&offer(next), &GPT2).is_some(), "{next} fits too: {refusal}");
 
-    let time = offered(&refusal, "block_size").unwrap();
-    assert_eq!(refused(&config, &GptConfig { block_size: time, ..GPT2 }), None);
-    assert!(refused(&config, &GptConfig { block_size: time + 64, ..GPT2 }).is_some(), "{refusal}");
-
-    let layers = offered(&refusal, "n_layer").unwrap();
-    assert_eq!(refused(&config, &GptConfig { n_layer: layers, ..GPT2 }), None);
-    assert!(refused(&config, &GptConfig { n_layer: layers + 1, ..GPT2 }).is_some(), "{refusal}");
+    assert!(refusal.contains("recompute = attention_mlp") && refusal.contains("dtype = f16"), "{refusal}");
+    let mut again = config.clone();
+    again.train.recompute = Recompute::AttentionMlp;
+    assert_eq!(refused(&again, &GPT2), None);
+    let half = Budget { f16: true, ..budget(8.0) };
+    assert_eq!(Plan::new(&config, &GPT2, half, false).refusal(), None);
 
     let largest = Plan::new(&config, &GPT2, budget(8.0), false).largest_batch().unwrap();
     let with = |batch_size: usize| {
@@ -167,6 +166,25 @@ fn every_setting_that_a_refusal_offers_fits_and_the_next_larger_does_not() {
         refused(&config, &GPT2).is_some()
     };
     assert_eq!((with(largest), with(largest + 1)), (false, true));
+}
+
+/// Where nothing more can be computed again and there is no f16, the model itself has to shrink.
+#[test]
+fn a_smaller_model_is_offered_last_and_fits() {
+    let mut config = configured(&GPT2, 12, 40, 0.0);
+    config.train.recompute = Recompute::Block;
+    let small = Budget { has_f16: false, ..budget(3.5) };
+    let refused = |gpt: &GptConfig| Plan::new(&config, gpt, small.clone(), false).refusal();
+    let refusal = refused(&GPT2).expect("4 GiB do not fit 3.5");
+    assert!(!refusal.contains("recompute") && !refusal.contains("dtype"), "{refusal}");
+
+    let time = offered(&refusal, "block_size").unwrap();
+    assert_eq!(refused(&GptConfig { block_size: time, ..GPT2 }), None);
+    assert!(refused(&GptConfig { block_size: time + 64, ..GPT2 }).is_some(), "{refusal}");
+
+    let layers = offered(&refusal, "n_layer").unwrap();
+    assert_eq!(refused(&GptConfig { n_layer: layers, ..GPT2 }), None);
+    assert!(refused(&GptConfig { n_layer: layers + 1, ..GPT2 }).is_some(), "{refusal}");
 }
 
 #[test]
@@ -203,7 +221,8 @@ fn less_is_kept_by_each_way_of_computing_again_and_by_half_the_element() {
     assert!(by_keep[0] > by_keep[1] && by_keep[1] > by_keep[2], "{by_keep:?}");
     let (f32, f16) = (estimate(&all), estimate(&Shape { f16: true, ..all }));
     assert_eq!(f32.parameters, f16.parameters);
-    assert!(f16.activations < f32.activations * 52 / 100 && f16.activations > f32.activations * 48 / 100, "{f16:?}");
+    // and the weights of products in f16
+    assert!(f16.activations < f32.activations * 56 / 100 && f16.activations > f32.activations * 50 / 100, "{f16:?}");
     // Activations at the peak: 16 (B, T, C) a block kept whole (x, two normed, qkv, out, h, gelu(h), the middle), 2 or 1 beyond the one at work.
     let unit = (8 * 1024 * 768 * 4) as f64;
     for (recompute, units) in [(Recompute::AttentionMlp, 2.0 * 12.0), (Recompute::Block, 12.0)] {
@@ -269,17 +288,16 @@ fn a_devices_pool_holds_what_is_estimated() {
     let _one = ONE.lock();
     let small = GptConfig { n_layer: 3, n_head: 3, n_embd: 96, block_size: 64, vocab_size: 65, ..CHAR };
     let cases = [
-        ("many activations", GptConfig { n_layer: 4, ..small }, 48, 1, 0.0),
+        ("many activations", GptConfig { n_layer: 4, ..small }, 32, 1, 0.0),
         ("dropout, biases", GptConfig { bias: true, ..small }, 16, 1, 0.2),
         ("accumulation", small, 12, 2, 0.0),
         ("a large vocabulary", GptConfig { n_layer: 1, vocab_size: 20_000, ..small }, 1, 1, 0.0),
         ("a wide layer", GptConfig { n_layer: 2, n_head: 4, n_embd: 256, ..small }, 4, 2, 0.1),
         ("a long context", GptConfig { n_layer: 2, block_size: 256, ..small }, 4, 1, 0.0),
-        ("f16", GptConfig { n_layer: 4, ..small }, 48, 1, 0.1),
-        ("f16, a large vocabulary", GptConfig { n_layer: 1, vocab_size: 20_000, ..small }, 1, 2, 0.0),
-        ("attention_mlp", GptConfig { n_layer: 6, ..small }, 48, 2, 0.1),
-        ("block", GptConfig { n_layer: 8, ..small }, 48, 1, 0.1),
-        ("f16, block", GptConfig { n_layer: 8, ..small }, 48, 2, 0.1),
+        ("f16", small, 16, 1, 0.1),
+        ("f16, a large vocabulary", GptConfig { n_layer: 1, vocab_size: 20_000, ..small }, 1, 1, 0.0),
+        ("attention_mlp", GptConfig { n_layer: 4, ..small }, 16, 1, 0.0),
+        ("f16, block", GptConfig { n_layer: 4, ..small }, 16, 2, 0.1),
     ];
     for (name, gpt, batch_size, accumulation, dropout) in cases {
         let Some(chosen) = fresh_gpu() else {

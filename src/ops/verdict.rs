@@ -74,7 +74,8 @@ pub struct Rules {
 }
 
 impl Rules {
-    fn params(&self) -> [u32; 7] {
+    /// The words of the kernel's parameters behind the number of sums.
+    pub fn params(&self) -> [u32; 7] {
         [
             (self.grad_clip as f32).to_bits(),
             (self.lr as f32).to_bits(),

@@ -41,7 +41,7 @@ impl Mode {
 
     /// What rows are padded to: nothing, and every number of neighbours that move at once.
     fn pads(self) -> &'static [usize] {
-        if self.f16 { &[1, 4, 8] } else { &[1, 4] }
+        if self.f16 && self.variant != Variant::Scalar { &[1, 4, 8] } else { &[1, 4] }
     }
 }
 

@@ -18,6 +18,7 @@ pub fn cases() -> Vec<Case> {
     let calm = Sums { count: 300, bad: None, each: 0.1 };
     let wild = Sums { each: 1e4, ..calm };
     let bad = |value| Sums { bad: Some(value), ..calm };
+    let tiny = |value| Sums { each: 1e-12, ..bad(value) };
     vec![
         case("the first step", Sums { count: 1, ..calm }, 6.0, first(), RULES),
         case("no clip, many sums", Sums { count: 2100, ..calm }, 6.0, first(), Rules { grad_clip: 0.0, ..RULES }),
@@ -25,11 +26,14 @@ pub fn cases() -> Vec<Case> {
         case("infinite sums", bad(f64::INFINITY), 6.0, full(17), RULES),
         case("sums that are none", bad(f64::NAN), 6.0, full(0), RULES),
         case("an infinite loss", calm, f64::INFINITY, first(), Rules { dynamic_scale: false, ..RULES }),
-        case("a loss that is none", calm, f64::NAN, with(&[(state::LOSS_SCALE, SCALES.0)], first()), RULES),
+        case("a loss that is none", calm, f64::NAN, full(3), RULES),
+        // Norms of about 1, that a wrong scale be seen beside them
+        case("the least scale", tiny(f64::NAN), 6.0, with(&[(state::LOSS_SCALE, SCALES.0)], first()), RULES),
         case("one good step too few", calm, 6.0, with(&[(state::GOOD_STEPS, 1998.0)], first()), RULES),
         case("enough good steps", calm, 6.0, with(&[(state::GOOD_STEPS, 1999.0)], first()), RULES),
         case("an outlier of the norm", wild, 6.0, full(WINDOW - 1), SIGMA),
         case("an outlier of the loss", calm, 60.0, full(5), SIGMA),
+        case("an outlier within 12 deviations", wild, 60.0, full(5), Rules { skip_spike_sigma: 12.0, ..RULES }),
         case("an outlier that is low", calm, -60.0, full(5), SIGMA),
         case("none is looked for", wild, 60.0, full(5), RULES),
         case("no outlier", calm, 6.0, full(64), SIGMA),

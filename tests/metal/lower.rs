@@ -170,7 +170,8 @@ pub fn constructors(msl: &str) -> String {
         ["half", "float", "int", "uint"].map(|scalar| [2, 3, 4].map(|count| format!("metal::{scalar}{count}")));
     let alias = |line: &str| {
         let (vector, name) = line.strip_prefix("typedef ")?.strip_suffix(';')?.split_once(' ')?;
-        let is_vector = vectors.as_flattened().iter().any(|known| known == vector);
+        let is_array = name.ends_with(']');
+        let is_vector = !is_array && vectors.as_flattened().iter().any(|known| known == vector);
         is_vector.then(|| format!("#define {name}(...) metal::make<{name}>(__VA_ARGS__)\n"))
     };
     msl.lines().filter_map(alias).collect()

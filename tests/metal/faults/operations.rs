@@ -158,7 +158,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "one lane more than there are", kernel: "adamw", constants: &[],
-        from: "if (index >= params.count)", to: "if (index > params.count)", found_by: Layer::Bounds,
+        from: "if (index >= params.count ||", to: "if (index > params.count ||", found_by: Layer::Bounds,
     },
     Fault {
         what: "a slope without the clip", kernel: "adamw", constants: &[],
@@ -190,12 +190,15 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "finite as arithmetic sees it", kernel: "verdict", constants: &[],
-        from: "(bitcast<u32>(value) & 0x7f800000u) != 0x7f800000u", to: "value * 0.0 == 0.0", found_by: Layer::Values,
+        from: "(bits & 0x7f800000u) != 0x7f800000u", to: "bitcast<f32>(bits) * 0.0 == 0.0", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a question that fast mathematics answers beforehand", kernel: "verdict", constants: &[],
+        from: "is_finite(bitcast<u32>(sums[0]))", to: "is_finite(bitcast<u32>(norm))", found_by: Layer::Values,
     },
     Fault {
         what: "infinite alone is not finite", kernel: "verdict", constants: &[],
-        from: "(bitcast<u32>(value) & 0x7f800000u) != 0x7f800000u", to: "(bitcast<u32>(value) & 0x7fffffffu) != 0x7f800000u",
-        found_by: Layer::Values,
+        from: "(bits & 0x7f800000u) != 0x7f800000u", to: "(bits & 0x7fffffffu) != 0x7f800000u", found_by: Layer::Values,
     },
     Fault {
         what: "a window that does not begin again", kernel: "verdict", constants: &[],

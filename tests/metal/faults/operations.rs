@@ -177,8 +177,8 @@ pub const FAULTS: &[Fault] = &[
         from: "reach > 0u", to: "reach > 1u", found_by: Layer::Values,
     },
     Fault {
-        what: "sums behind the last", kernel: "verdict", constants: &[],
-        from: "square_sums[min(index, params.count - 1u)]", to: "square_sums[index]", found_by: Layer::Bounds,
+        what: "the last sum twice", kernel: "verdict", constants: &[],
+        from: "value, index < params.count)", to: "value, index <= params.count)", found_by: Layer::Values,
     },
     Fault {
         what: "a memory rewritten while it is read", kernel: "verdict", constants: &[],

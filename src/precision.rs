@@ -84,7 +84,8 @@ impl Dtype {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device;
+    use crate::device::{self, AdapterReport, Limits};
+    use crate::kernel::Capabilities;
 
     #[test]
     fn f16_on_the_cpu_is_refused_with_what_to_do() {
@@ -92,5 +93,74 @@ mod tests {
         let error = Dtype::F16.resolve(&cpu, Kernels::Auto).unwrap_err().to_string();
         assert!(error.starts_with("dtype = f16 needs a GPU") && error.contains("dtype = f32"), "{error}");
         assert!(!Dtype::Auto.resolve(&cpu, Kernels::Auto).unwrap().f16);
+    }
+
+    /// A GPU that nobody has, with f16 or without, and with cooperative matrices of these edges.
+    fn gpu(backend: &'static str, f16: bool, edges: &[u32]) -> Chosen {
+        let limits = Limits {
+            workgroup_memory: 32 << 10,
+            workgroup_invocations: 1024,
+            subgroup_size: (32, 32),
+            subgroups: true,
+            f16,
+            cooperative_matrices: Vec::new(),
+            timestamps: true,
+            max_binding: 1 << 30,
+            max_buffer: 1 << 30,
+        };
+        let adapter = AdapterReport {
+            device: format!("{backend}:0"),
+            name: "Made up".into(),
+            kind: "discrete",
+            driver: String::new(),
+            id: String::new(),
+            pci_bus: None,
+            memory_bytes: None,
+            limits,
+        };
+        let matrices = edges.iter().map(|&edge| (edge, true)).collect();
+        let capabilities = Capabilities { subgroup_size: Some(32), matrices, f16, int64: true };
+        let cpu = device::choose(device::DeviceSpec::Cpu).unwrap();
+        Chosen { name: "Made up".into(), backend, adapter: Some(adapter), capabilities, ..cpu }
+    }
+
+    #[test]
+    fn auto_takes_f16_where_matrices_of_edge_16_multiply_it() {
+        use Kernels::{Auto, Composed, Coop, Scalar};
+        for (backend, f16, edges, kernels, want, because) in [
+            ("vulkan", true, &[16][..], Auto, true, "fastest"),
+            ("vulkan", true, &[16, 8], Coop, true, "fastest"),
+            ("vulkan", true, &[16], Scalar, false, "these kernels"),
+            ("vulkan", true, &[16], Composed, false, "these kernels"),
+            ("vulkan", true, &[], Auto, false, "no matrix units"),
+            ("vulkan", true, &[8], Auto, false, "no matrix units"),
+            ("vulkan", false, &[], Auto, false, "no matrix units"),
+            ("metal", true, &[8], Auto, false, "Apple"),
+            ("metal", true, &[8], Coop, false, "Apple"),
+        ] {
+            let what = format!("{backend} f16 {f16} {edges:?} {kernels:?}");
+            let got = Dtype::Auto.resolve(&gpu(backend, f16, edges), kernels).unwrap();
+            assert!(got.f16 == want && got.reason.contains(because), "{what}: {got}");
+        }
+        // Without subgroups of a known size no matrices are used.
+        let mut chosen = gpu("vulkan", true, &[16]);
+        chosen.capabilities.subgroup_size = None;
+        assert!(!Dtype::Auto.resolve(&chosen, Auto).unwrap().f16);
+    }
+
+    #[test]
+    fn what_is_asked_for_is_done_or_refused() {
+        let plain = gpu("vulkan", true, &[]);
+        for kernels in [Kernels::Auto, Kernels::Scalar, Kernels::Coop] {
+            let want = Precision { f16: true, reason: "asked for" };
+            assert_eq!(Dtype::F16.resolve(&plain, kernels).unwrap(), want);
+        }
+        let refusal = |chosen, kernels| Dtype::F16.resolve(chosen, kernels).unwrap_err().to_string();
+        assert!(refusal(&plain, Kernels::Composed).contains("leave out kernels = composed"));
+        assert!(refusal(&gpu("vulkan", false, &[]), Kernels::Auto).contains("shaders of Made up have no f16"));
+        for chosen in [gpu("vulkan", true, &[16]), device::choose(device::DeviceSpec::Cpu).unwrap()] {
+            let got = Dtype::F32.resolve(&chosen, Kernels::Auto).unwrap();
+            assert_eq!(got, Precision { f16: false, reason: "asked for" });
+        }
     }
 }

@@ -1,5 +1,6 @@
-//! The kernels of layer norm, embedding and AdamW on the adapter present against the f64 twins: every edge of their tiles,
-//! guards around every output, outputs that start as NaN, and equal bits from equal runs.
+//! The kernels of layer norm, embedding, dropout, the loss and the cast on the adapter present against the f64 twins, with
+//! activations in f32 and in f16: every edge of their tiles, guards around every output, outputs that start as NaN, and equal
+//! bits from equal runs.
 
 mod common;
 
@@ -8,9 +9,13 @@ use burn_cubecl::tensor::CubeTensor;
 use common::guarded::{Guarded, primitive};
 use common::twins::{self, EmbeddingShape};
 use common::*;
-use gpt_wgpu::ops::adamw::{self, AdamW, global_norm};
-use gpt_wgpu::ops::dropout::Dropout;
+use gpt_wgpu::kernel::fold;
+use gpt_wgpu::kernel::lanes::Lanes;
+use gpt_wgpu::ops::cast::{self, to_f16};
+use gpt_wgpu::ops::cross_entropy::cross_entropy_scaled;
+use gpt_wgpu::ops::dropout::{Dropout, dropout};
 use gpt_wgpu::ops::{embedding, layer_norm};
+use half::f16;
 
 const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 0xfeed_beef_cafe, step: 3, site: 0x101 };
 
@@ -19,6 +24,19 @@ fn on_gpu(test: impl Fn(&Device)) {
         Some(device) => test(&device),
         None => eprintln!("SKIPPED: no GPU adapter"),
     }
+}
+
+/// The same with whether activations are f16: in f32, and in f16 where the adapter has it.
+fn on_gpu_by_type(test: impl Fn(&Device, bool)) {
+    on_gpu(|device| test(device, false));
+    if let Some(device) = gpu_with_f16() {
+        test(&device, true);
+    }
+}
+
+/// What an output in f16 (or f32) may differ: by its rounding to 11 bits, else by `near`.
+fn tolerance(f16: bool, near: f64) -> f64 {
+    if f16 { 1e-3 } else { near }
 }
 
 fn int_primitive<const D: usize>(values: &[i32], shape: [usize; D], device: &Device) -> CubeTensor {
@@ -30,27 +48,28 @@ fn int_primitive<const D: usize>(values: &[i32], shape: [usize; D], device: &Dev
 
 #[test]
 fn layer_norm_at_every_edge() {
-    on_gpu(|device| {
+    on_gpu_by_type(|device, f16| {
         let columns = [1, 3, 4, 5, 64, 128, 384, 768, 1600];
         let mut shapes: Vec<_> = [1, 2, 63, 64, 65, 257, 1009].iter().flat_map(|r| columns.map(|c| (*r, c))).collect();
         shapes.extend([(3, 8191), (3, 8192), (2500, 36)]);
         for (rows, c) in shapes {
-            let what = |part: &str| format!("({rows}, {c}) {part}");
+            let what = |part: &str| format!("f16 {f16} ({rows}, {c}) {part}");
             let mut random = Random((rows * 131 + c) as u64);
             // Far from zero a variance made as a difference of squares would lose its digits; only few rows, since the rounding
             // of their means adds up in dw. A handful of columns is kept apart: where they lie close together f32 is not enough.
             let offset = if c >= 64 && rows <= 2 { 100.0 } else { 0.0 };
             let apart = |i: usize| if c < 64 { 3.0 * (i % c) as f64 } else { 0.0 };
             let x = random.vec(rows * c).into_iter().enumerate();
-            let x: Vec<f64> = x.map(|(i, v)| f64::from((v + offset + apart(i)) as f32)).collect();
-            let (w, b, dy) = (random.vec(c), random.vec(c), random.vec(rows * c));
+            let round = |v: f64| if f16 { to_half(v) } else { f64::from(v as f32) };
+            let x: Vec<f64> = x.map(|(i, v)| round(v + offset + apart(i))).collect();
+            let (w, b, dy) = (random.vec(c), random.vec(c), random.of(f16, rows * c));
             let (want, want_mean, want_rstd) = twins::layer_norm(&x, &w, Some(&b), c);
             let [want_dx, want_dw, want_db] = twins::layer_norm_backward(&dy, &x, &w, c);
 
-            let put = |values: &[f64]| primitive(tensor(values, [values.len() / c, c], device));
-            let [x, w, b, dy] = [&x, &w, &b, &dy].map(|values| put(values));
+            let put = |f16: bool, values: &[f64]| primitive(tensor_of(f16, values, [values.len() / c, c], device));
+            let ([x, dy], [w, b]) = ([&x, &dy].map(|v| put(f16, v)), [&w, &b].map(|v| put(false, v)));
             let run = || {
-                let [y, dx] = [(); 2].map(|()| Guarded::new([rows, c], device));
+                let [y, dx] = [(); 2].map(|()| Guarded::of(f16, [rows, c], device));
                 let [mean, rstd] = [(); 2].map(|()| Guarded::new([rows, 1], device));
                 let [dw, db] = [(); 2].map(|()| Guarded::new([c], device));
                 layer_norm::launch_forward(&x, &w, Some(&b), &y.inside, &mean.inside, &rstd.inside);
@@ -61,10 +80,10 @@ fn layer_norm_at_every_edge() {
             };
             let got = run();
             let near = if offset > 0.0 { 1e-4 } else { 2e-5 }; // a mean of 100 is rounded to 2⁻¹⁸
-            assert_close(&what("y"), &got[0], &want, near);
+            assert_close(&what("y"), &got[0], &want, tolerance(f16, near));
             assert_close(&what("mean"), &got[1], &want_mean, 1e-6);
             assert_close(&what("rstd"), &got[2], &want_rstd, near);
-            assert_close(&what("dx"), &got[3], &want_dx, near);
+            assert_close(&what("dx"), &got[3], &want_dx, tolerance(f16, near));
             assert_close(&what("dw"), &got[4], &want_dw, near);
             assert_close(&what("db"), &got[5], &want_db, 1e-5);
             if rows >= 257 {
@@ -81,7 +100,7 @@ fn tokens(count: usize, vocab: usize, random: &mut Random) -> Vec<i32> {
 
 #[test]
 fn embedding_at_every_edge() {
-    on_gpu(|device| {
+    on_gpu_by_type(|device, f16| {
         // (B, T, V, block_size, C): one token; odd columns; several blocks of 1024 tokens with long lists for every row, then
         // with short ones; a full block; more columns than a tile.
         let shapes = [
@@ -99,19 +118,19 @@ fn embedding_at_every_edge() {
         for (batch, time, vocab, block_size, c) in shapes {
             for dropout in [Dropout::OFF, DROPOUT] {
                 let s = EmbeddingShape { time, vocab, block_size, channels: c };
-                let what = |part: &str| format!("B {batch} {s:?} dropout {} {part}", dropout.is_on());
+                let what = |part: &str| format!("f16 {f16} B {batch} {s:?} dropout {} {part}", dropout.is_on());
                 let mut random = Random((time + vocab) as u64);
                 let (wte, wpe) = (random.vec(vocab * c), random.vec(block_size * c));
-                let dx = random.vec(batch * time * c);
+                let dx = random.of(f16, batch * time * c);
                 let ids = tokens(batch * time, vocab, &mut random);
                 let want_x = twins::embedding(&ids, &wte, &wpe, s, dropout);
                 let [want_dwte, want_dwpe] = twins::embedding_backward(&dx, &ids, s, dropout);
 
                 let ids = int_primitive(&ids, [batch, time], device);
                 let [wte, wpe] = [&wte, &wpe].map(|w| primitive(tensor(w, [w.len() / c, c], device)));
-                let dx = primitive(tensor(&dx, [batch, time, c], device));
+                let dx = primitive(tensor_of(f16, &dx, [batch, time, c], device));
                 let run = || {
-                    let x = Guarded::new([batch, time, c], device);
+                    let x = Guarded::of(f16, [batch, time, c], device);
                     let (dwte, dwpe) = (Guarded::new([vocab, c], device), Guarded::new([block_size, c], device));
                     embedding::launch_forward(&ids, &wte, &wpe, dropout, &x.inside);
                     embedding::launch_backward(&dx, &ids, dropout, &dwte.inside, &dwpe.inside);
@@ -120,7 +139,7 @@ fn embedding_at_every_edge() {
                 let got = run();
                 let dropped = |values: &[f64]| values.iter().map(|v| *v == 0.0).collect::<Vec<_>>();
                 assert_eq!(dropped(&got[0]), dropped(&want_x), "{}", what("mask"));
-                assert_close(&what("x"), &got[0], &want_x, 1e-6);
+                assert_close(&what("x"), &got[0], &want_x, tolerance(f16, 1e-6));
                 assert_close(&what("dwte"), &got[1], &want_dwte, 1e-5);
                 assert_close(&what("dwpe"), &got[2], &want_dwpe, 1e-5);
                 assert_eq!(run(), got, "{}", what("differs from run to run"));
@@ -148,93 +167,90 @@ fn a_token_out_of_range_counts_as_the_last() {
     });
 }
 
-fn hyper(step: u64, weight_decay: f64) -> AdamW {
-    AdamW { lr: 3e-3, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay, step }
-}
-
 #[test]
-fn adamw_steps_in_place() {
-    on_gpu(|device| {
-        for count in [1, 3, 4, 5, 64, 1023, 1024, 1025, 100_003] {
-            let mut random = Random(count as u64);
-            let mut p = random.vec(count);
-            let (mut m, mut v) = (vec![0.0; count], vec![0.0; count]);
-            let [gp, gm, gv] = [&p, &m, &v].map(|content| Guarded::holding(content, [count], device));
-            let scale = primitive(tensor(&[0.37], [1], device));
-            for step in 1..=5 {
-                let g = random.vec(count);
-                let hyper = hyper(step, if step % 2 == 0 { 0.1 } else { 0.0 });
-                twins::adamw(&mut p, &g, &mut m, &mut v, f64::from(0.37f32), hyper);
-                let g = primitive(tensor(&g, [count], device));
-                adamw::launch_update(&gp.inside, &g, &gm.inside, &gv.inside, &scale, hyper);
-            }
-            for (got, want, name) in [(gp, p, "p"), (gm, m, "m"), (gv, v, "v")] {
-                let what = format!("{count} {name}");
-                assert_close(&what, &got.values(&what), &want, 1e-6);
-            }
+fn dropout_at_every_edge() {
+    on_gpu_by_type(|device, f16| {
+        for (rows, columns) in [(1, 1), (7, 67), (33, 128), (1, 1025)] {
+            let x = Random(columns as u64).of(f16, rows * columns);
+            // One product, then one rounding
+            let product = |(x, factor): (&f64, f32)| f64::from(*x as f32 * factor);
+            let want = x.iter().zip(DROPOUT.factors(rows, columns)).map(product);
+            let want: Vec<f64> = want.map(|v| if f16 { to_half(v) } else { v }).collect();
+            let got = values(dropout(tensor_of(f16, &x, [rows, columns], device), DROPOUT));
+            assert_eq!(got, want, "f16 {f16} ({rows}, {columns})");
         }
     });
 }
 
-/// In place must not mean under somebody's hands: a checkpoint being written holds the tensors too.
-#[test]
-fn adamw_leaves_a_shared_tensor_alone() {
-    for (name, device) in devices() {
-        let mut random = Random(5);
-        let [p, g, m, v] = [(); 4].map(|()| random.vec(77));
-        let v: Vec<f64> = v.iter().map(|v| v.abs()).collect();
-        let [pt, gt, mt, vt] = [&p, &g, &m, &v].map(|values| tensor::<1>(values, [77], &device));
-        let held = [pt.clone(), mt.clone(), vt.clone()];
-        let scale = tensor(&[1.0], [1], &device);
-        let updated = adamw::adamw(pt, gt, mt, vt, scale, hyper(3, 0.1));
-        for (held, before) in held.into_iter().zip([&p, &m, &v]) {
-            assert_eq!(&values(held), before, "{name}");
-        }
-        assert_ne!(values(updated.0), p, "{name}");
+/// f32 whose f16 is at an edge: ties, both ways; the largest, and what rounds to infinity; subnormals and what vanishes.
+fn edges_of_f16() -> Vec<f64> {
+    let ulp = f64::from(f16::EPSILON); // of 1
+    let least = 2f64.powi(-24);
+    let mut edges = vec![0.0, 1.0, 0.1, 65504.0, 65519.0, 65520.0, 65536.0, 1e9, 3e38];
+    for odd in [0.5, 1.5, 2.5] {
+        edges.extend([-1e-3, 0.0, 1e-3].map(|off| 1.0 + (odd + off) * ulp)); // near a tie of normal numbers
+        edges.extend([-1e-3, 0.0, 1e-3].map(|off| (odd + off) * least)); // ... and of subnormal ones
     }
+    edges.extend([1e-8, 1023.0 * least, 1023.5 * least, 1024.0 * least]);
+    let mut random = Random(23);
+    edges.extend((0..500).map(|i| f64::from((random.next() * 2f64.powi(i % 44 - 26)) as f32)));
+    let negative: Vec<f64> = edges.iter().map(|v| -v).collect();
+    edges.into_iter().chain(negative).map(|v| f64::from(v as f32)).collect()
 }
 
 #[test]
-fn the_norm_and_the_scale_of_all_gradients() {
-    for (name, device) in devices() {
-        // Around a workgroup's share, and one gradient with more than the most workgroups.
-        let counts = [1, 3, 4, 8191, 8192, 8193, 40_000, if name == "gpu" { 8_400_001 } else { 100_000 }];
-        let mut random = Random(11);
-        let gradients: Vec<_> = counts.iter().map(|&count| random.vec(count)).collect();
-        let want = gradients.iter().flatten().map(|g| g * g).sum::<f64>().sqrt();
-        let tensors: Vec<_> = gradients.iter().map(|g| tensor::<1>(g, [g.len()], &device)).collect();
-        for limit in [0.0, 1.0, 1e6] {
-            let run = || {
-                let (norm, scale) = global_norm(tensors.iter(), limit).unwrap();
-                (values(norm), values(scale))
-            };
-            let (norm, scale) = run();
-            let what = format!("{name} limit {limit}");
-            assert_close(&format!("{what}: norm"), &norm, &[want], 1e-6);
-            let factor = if limit == 0.0 { 1.0 } else { (limit / (want + 1e-6)).min(1.0) };
-            assert_close(&format!("{what}: scale"), &[scale[0] / factor], &[1.0], 1e-6);
-            assert_eq!(run(), (norm, scale), "{what}: differs from run to run");
-        }
-        assert!(global_norm([].iter(), 1.0).is_none());
+fn the_cast_rounds_to_nearest_even_and_flushes_nothing() {
+    let Some(device) = gpu_with_f16() else { return };
+    let edges = edges_of_f16();
+    for count in [1, 3, 4, 1001, edges.len() / 4 * 4] {
+        let x = &edges[edges.len() - count..];
+        let want: Vec<f64> = x.iter().map(|v| f64::from(f16::from_f32(*v as f32))).collect();
+        assert_eq!(values(to_f16(tensor(x, [count], &device))), want, "{count}");
+
+        let (input, y) = (primitive(tensor(x, [count], &device)), Guarded::of(true, [count], &device));
+        let lanes = Lanes::of(count).count as u32;
+        cast::kernel(count).launch(fold(lanes.div_ceil(256)), &[&input, &y.inside], &[lanes]);
+        assert_eq!(y.values("y"), want, "{count} guarded");
     }
 }
 
+/// Logits and their gradients are rounded to f16 on the way, so f32 sums of them are not exact either.
 #[test]
-fn the_norms_kernels_stay_inside_their_outputs() {
-    on_gpu(|device| {
-        let g = Random(2).vec(20_000);
-        let gradient = primitive(tensor(&g, [20_000], device));
-        let sums = Guarded::holding(&[0.0; 5], [5], device);
-        let (norm, scale) = (Guarded::new([1], device), Guarded::new([1], device));
-        adamw::launch_square_sums(&gradient, &sums.inside, 1);
-        adamw::launch_norm(&sums.inside, 2.0, &norm.inside, &scale.inside);
-        let want = g.iter().map(|g| g * g).sum::<f64>();
-        let sums = sums.values("sums");
-        assert_eq!((sums[0], sums[4]), (0.0, 0.0), "the places of other gradients");
-        assert_close("sums", &[sums.iter().sum::<f64>() / want], &[1.0], 1e-6);
-        assert_close("norm", &norm.values("norm"), &[want.sqrt()], 1e-6);
-        assert_close("scale", &scale.values("scale"), &[2.0 / want.sqrt()], 1e-6);
-    });
+fn the_loss_in_f16_with_a_loss_scale() {
+    let Some(device) = gpu_with_f16() else { return };
+    let autodiff = device.clone().autodiff();
+    const SCALE: f64 = 1024.0;
+    const PARTS: usize = 3;
+    // Columns that are no multiple of eight, nanoGPT's characters, and more logits than one chunk holds
+    for (batch, time, c, v) in [(1, 1, 3, 2), (2, 7, 16, 13), (3, 33, 32, 65), (5, 420, 4, 32_768)] {
+        let what = |part: &str| format!("({batch}, {time}, {c}, {v}) {part}");
+        let mut random = Random(v as u64);
+        let (x, w) = (random.halves(batch * time * c), random.halves(v * c));
+        let mut targets: Vec<i32> = (0..batch * time).map(|_| random.below(v) as i32).collect();
+        if time > 1 {
+            targets[1] = -1;
+            targets[batch * time - 1] = -1;
+        }
+        let (want, dx, dw) = twins::cross_entropy(&x, &w, &targets, c, v);
+        let scaled = |d: &[f64]| d.iter().map(|d| d * SCALE / PARTS as f64).collect::<Vec<_>>();
+        let run = || {
+            let xt = tensor_of::<3>(true, &x, [batch, time, c], &autodiff).require_grad();
+            let wt = tensor_of::<2>(true, &w, [v, c], &autodiff).require_grad();
+            let ids = int_tensor(&targets, [batch, time], &autodiff);
+            // Only the first element counts.
+            let scale = tensor(&[SCALE, 7.0], [2], &autodiff);
+            let loss = cross_entropy_scaled(xt.clone(), wt.clone(), ids, Some(scale), PARTS);
+            let grads = loss.backward();
+            [values(loss.inner()), values(xt.grad(&grads).unwrap()), values(wt.grad(&grads).unwrap())]
+        };
+        let got = run();
+        assert_close(&what("loss"), &got[0], &[want], 1e-3);
+        for (part, got, want) in [("dx", &got[1], scaled(&dx)), ("dw", &got[2], scaled(&dw))] {
+            let distance = twins::distance(got, &want);
+            assert!(distance < 3e-3, "{}: {distance:e}", what(part));
+        }
+        assert_eq!(run(), got, "{}", what("differs from run to run"));
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The matrix products on the adapter present, every variant it supports, against f64 loops: every layout, ragged sizes, rows
-//! with and without padding, split sums, every epilogue; guards around every output, and equal bits from equal runs.
+//! with and without padding, split sums, every epilogue, in f32 and in f16; guards around every output, and equal bits from
+//! equal runs.
 
 mod common;
 
@@ -16,31 +17,60 @@ use gpt_wgpu::ops::linear::tiles::{Epilogue, Layout};
 const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 0xfeed_beef_cafe, step: 3, site: 0x101 };
 const LAYOUTS: [Layout; 3] = [Layout::Nt, Layout::Nn, Layout::Tn];
 
-/// Runs `test` for every variant that the adapter supports, with its tolerance: sums of f32 products, in another order.
-fn on_gpu(test: impl Fn(&Device, Variant)) {
+/// How a product is made.
+#[derive(Clone, Copy, Debug)]
+struct Mode {
+    variant: Variant,
+    /// Whether A and B are stored in f16, else f32.
+    f16: bool,
+    /// Whether out is.
+    out_f16: bool,
+}
+
+impl Mode {
+    /// Values that neither the storage nor the products round: what is left is the order of the sums.
+    fn exact(self, values: Vec<f64>) -> Vec<f64> {
+        let rounds = self.f16 || self.variant.rounds_f32();
+        values.into_iter().map(|v| if rounds { to_half(v) } else { v }).collect()
+    }
+
+    /// What an output may differ: by its own rounding to f16, else by `near`.
+    fn tolerance(self, near: f64) -> f64 {
+        if self.out_f16 { 1e-3 } else { near }
+    }
+
+    /// What rows are padded to: nothing, and every number of neighbours that move at once.
+    fn pads(self) -> &'static [usize] {
+        if self.f16 && self.variant != Variant::Scalar { &[1, 4, 8] } else { &[1, 4] }
+    }
+}
+
+/// Runs `test` for every variant that the adapter supports, with f32 matrices, f16 ones, and f16 ones with an output in f32.
+fn on_gpu(test: impl Fn(&Device, Mode)) {
     let Some(device) = gpu() else {
         eprintln!("SKIPPED: no GPU adapter");
         return;
     };
-    let probe = primitive(tensor(&[0.0], [1], &device));
-    let supported = kernel::supported(&kernel::capabilities(&probe), false);
-    assert!(supported.contains(&Variant::Scalar));
-    supported.into_iter().for_each(|variant| test(&device, variant));
-}
-
-/// Values that the variant's products do not round: what is left is the order of the sums.
-fn exact(values: Vec<f64>, variant: Variant) -> Vec<f64> {
-    let round = |v: f64| if variant.rounds_f32() { half::f16::from_f64(v).to_f64() } else { v };
-    values.into_iter().map(round).collect()
+    let capabilities = capabilities(&device);
+    let mut modes = Vec::new();
+    for (f16, out_f16) in [(false, false), (true, true), (true, false)] {
+        let variants = kernel::supported(&capabilities, f16);
+        assert!(variants.contains(&Variant::Scalar) || f16);
+        modes.extend(variants.into_iter().map(|variant| Mode { variant, f16, out_f16 }));
+    }
+    if !capabilities.f16 {
+        eprintln!("SKIPPED in f16: the adapter's shaders have none");
+    }
+    modes.into_iter().for_each(|mode| test(&device, mode));
 }
 
 /// A matrix (rows, columns) of `values`, each row followed by `stride - columns` poisoned elements.
-fn matrix(values: &[f64], columns: usize, stride: usize, device: &Device) -> CubeTensor {
+fn matrix(f16: bool, values: &[f64], columns: usize, stride: usize, device: &Device) -> CubeTensor {
     let padded: Vec<f64> = values
         .chunks(columns)
         .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(f64::NAN, stride - columns)))
         .collect();
-    primitive(tensor(&padded, [padded.len() / stride, stride], device))
+    primitive(tensor_of(f16, &padded, [padded.len() / stride, stride], device))
 }
 
 /// The factors of one product and their product in f64.
@@ -53,10 +83,15 @@ struct Case {
 }
 
 impl Case {
-    fn new(layout: Layout, sizes: [usize; 3], variant: Variant) -> Self {
+    fn new(layout: Layout, sizes: [usize; 3], mode: Mode) -> Self {
         let [m, n, k] = sizes;
         let mut random = Random((m * 7 + n * 3 + k) as u64);
-        let (a, b) = (exact(random.vec(m * k), variant), exact(random.vec(k * n), variant));
+        let (a, b) = (mode.exact(random.vec(m * k)), mode.exact(random.vec(k * n)));
+        Self::of(layout, sizes, a, b)
+    }
+
+    fn of(layout: Layout, sizes: [usize; 3], a: Vec<f64>, b: Vec<f64>) -> Self {
+        let [m, n, k] = sizes;
         let mut product = vec![0.0; m * n];
         for row in 0..m {
             for column in 0..n {
@@ -81,8 +116,13 @@ impl Case {
         }
     }
 
-    fn what(&self, variant: Variant, more: &str) -> String {
-        format!("{variant:?} {:?} {:?} {more}", self.layout, self.sizes)
+    /// Of the product.
+    fn largest(&self) -> f64 {
+        self.product.iter().fold(0.0, |largest, v| v.abs().max(largest))
+    }
+
+    fn what(&self, mode: Mode, more: &str) -> String {
+        format!("{mode:?} {:?} {:?} {more}", self.layout, self.sizes)
     }
 }
 
@@ -93,7 +133,7 @@ fn unpad(values: &[f64], columns: usize, stride: usize) -> Vec<f64> {
 
 #[test]
 fn every_layout_at_every_edge() {
-    on_gpu(|device, variant| {
+    on_gpu(|device, mode| {
         for layout in LAYOUTS {
             for sizes in [
                 [1, 1, 1],
@@ -106,25 +146,24 @@ fn every_layout_at_every_edge() {
                 [128, 128, 64],
                 [129, 257, 40],
             ] {
-                let case = Case::new(layout, sizes, variant);
+                let case = Case::new(layout, sizes, mode);
                 let [m, n, k] = sizes;
                 let [a_columns, b_columns] = case.columns();
-                // Rows as they are, and rows padded to quads, the padding poisoned.
-                for pad in [false, true] {
-                    let stride = |columns: usize| if pad { columns.next_multiple_of(4) } else { columns };
-                    let strides = [stride(a_columns), stride(b_columns), stride(n)];
-                    let what = case.what(variant, if pad { "padded" } else { "" });
-                    let a = matrix(&case.a, a_columns, strides[0], device);
-                    let b = matrix(&case.b, b_columns, strides[1], device);
+                // Rows as they are, and rows padded to packs, the padding poisoned.
+                for &pad in mode.pads() {
+                    let strides = [a_columns, b_columns, n].map(|columns| columns.next_multiple_of(pad));
+                    let what = case.what(mode, &format!("padded to {pad}"));
+                    let a = matrix(mode.f16, &case.a, a_columns, strides[0], device);
+                    let b = matrix(mode.f16, &case.b, b_columns, strides[1], device);
                     let run = || {
-                        let out = Guarded::new([m, strides[2]], device);
+                        let out = Guarded::of(mode.out_f16, [m, strides[2]], device);
                         let product = Product { strides, ..Product::plain(layout, &a, &b, m, n, k) };
-                        product.launch(variant, &out.inside);
+                        product.launch(mode.variant, &out.inside);
                         unpad(&out.values(&what), n, strides[2])
                     };
                     let got = run();
-                    assert_close(&what, &got, &case.product, 1e-5);
-                    if !pad {
+                    assert_close(&what, &got, &case.product, mode.tolerance(1e-5));
+                    if pad != 4 {
                         assert_eq!(got, run(), "{what} differs from run to run");
                     }
                 }
@@ -135,27 +174,80 @@ fn every_layout_at_every_edge() {
 
 #[test]
 fn a_tall_sum_is_split_and_added_in_order() {
-    on_gpu(|device, variant| {
-        for sizes in [[1, 1, 1], [64, 64, 2048], [65, 30, 1031], [128, 4, 4096], [12, 260, 700]] {
-            let case = Case::new(Layout::Tn, sizes, variant);
+    on_gpu(|device, mode| {
+        // The layouts of a weight's gradient and of what comes back through a head
+        for (layout, sizes) in [
+            (Layout::Tn, [1, 1, 1]),
+            (Layout::Tn, [64, 64, 2048]),
+            (Layout::Tn, [65, 30, 1031]),
+            (Layout::Tn, [128, 4, 4096]),
+            (Layout::Tn, [12, 260, 700]),
+            (Layout::Nn, [33, 24, 3000]),
+        ] {
+            let case = Case::new(layout, sizes, mode);
             let [m, n, k] = sizes;
-            let (a, b) = (matrix(&case.a, m, m, device), matrix(&case.b, n, n, device));
+            let [a_columns, b_columns] = case.columns();
+            let a = matrix(mode.f16, &case.a, a_columns, a_columns, device);
+            let b = matrix(mode.f16, &case.b, b_columns, b_columns, device);
             let before = Random(7).vec(m * n);
-            for accumulate in [false, true] {
-                let what = case.what(variant, if accumulate { "accumulated" } else { "" });
+            // Nothing adds to f16: it would be rounded every time.
+            for accumulate in if mode.out_f16 { vec![false] } else { vec![false, true] } {
+                let what = case.what(mode, if accumulate { "accumulated" } else { "" });
                 let run = || {
-                    let content = if accumulate { before.clone() } else { vec![f64::NAN; m * n] };
-                    let out = Guarded::holding(&content, [m, n], device);
-                    // The scale is a power of two: it changes no bit unless something under- or overflows.
-                    let product = Product { scale: 64.0, ..Product::plain(Layout::Tn, &a, &b, m, n, k) };
-                    product.launch_tall(variant, &out.inside, accumulate);
+                    let out = match accumulate {
+                        true => Guarded::holding(&before, [m, n], device),
+                        false => Guarded::of(mode.out_f16, [m, n], device),
+                    };
+                    // The scale is a power of two: it changes no bit unless something under- or overflows. f16 comes scaled.
+                    let scale = if mode.f16 { 1.0 } else { 64.0 };
+                    let product = Product { scale, ..Product::plain(layout, &a, &b, m, n, k) };
+                    product.launch_tall(mode.variant, &out.inside, accumulate);
                     out.values(&what)
                 };
                 let got = run();
                 let old = |i: usize| if accumulate { before[i] } else { 0.0 };
                 let want: Vec<f64> = case.product.iter().enumerate().map(|(i, v)| v + old(i)).collect();
-                assert_close(&what, &got, &want, 3e-5);
+                assert_close(&what, &got, &want, mode.tolerance(3e-5));
                 assert_eq!(got, run(), "{what} differs from run to run");
+            }
+        }
+    });
+}
+
+/// Gradients in f16 reach down to 6e-8: neither an input nor an output may be flushed to zero.
+#[test]
+fn subnormal_numbers_of_f16_count() {
+    let least = 2f64.powi(-24);
+    on_gpu(|device, mode| {
+        if !mode.f16 {
+            return;
+        }
+        for layout in LAYOUTS {
+            for sizes in [[64, 64, 512], [65, 24, 136], [5, 7, 33]] {
+                let [m, n, k] = sizes;
+                let mut random = Random(k as u64);
+                // A all subnormal, B large, so that the sums are about 1; then sums that are subnormal themselves.
+                let subnormal: Vec<f64> = (0..m * k).map(|_| (random.next() * 1023.0).round() * least).collect();
+                let large: Vec<f64> = random.halves(k * n).iter().map(|v| v * 2048.0).collect();
+                let small: Vec<f64> = random.halves(m * k).iter().map(|v| v * least * 16.0).collect();
+                let small: Vec<f64> = small.into_iter().map(to_half).collect();
+                let unit = random.halves(k * n);
+                for (name, a, b) in [("inputs", subnormal, large), ("sums", small, unit)] {
+                    let case = Case::of(layout, sizes, a, b);
+                    let [a_columns, b_columns] = case.columns();
+                    let what = case.what(mode, &format!("subnormal {name}"));
+                    let a = matrix(true, &case.a, a_columns, a_columns, device);
+                    let b = matrix(true, &case.b, b_columns, b_columns, device);
+                    let out = Guarded::of(mode.out_f16, [m, n], device);
+                    Product::plain(layout, &a, &b, m, n, k).launch(mode.variant, &out.inside);
+                    for (i, (got, want)) in out.values(&what).iter().zip(&case.product).enumerate() {
+                        let rounding = if mode.out_f16 { (want.abs() * 2f64.powi(-11)).max(0.5 * least) } else { 0.0 };
+                        // The order of f32 sums
+                        let near = rounding + 3e-6 * case.largest();
+                        assert!((got - want).abs() <= near, "{what}: element {i} is {got:e}, wanted {want:e}");
+                    }
+                    assert!(case.largest() > 4.0 * least, "{what}: nothing to see");
+                }
             }
         }
     });
@@ -163,13 +255,13 @@ fn a_tall_sum_is_split_and_added_in_order() {
 
 #[test]
 fn every_epilogue_with_and_without_a_bias() {
-    on_gpu(|device, variant| {
-        for sizes in [[5, 3, 2], [65, 68, 32], [66, 260, 20]] {
-            let case = Case::new(Layout::Nt, sizes, variant);
+    on_gpu(|device, mode| {
+        for sizes in [[5, 3, 2], [65, 68, 32], [66, 264, 24]] {
+            let case = Case::new(Layout::Nt, sizes, mode);
             let [m, n, k] = sizes;
             let mut random = Random(n as u64);
-            let (bias, extra) = (random.vec(n), random.vec(m * n));
-            let (a, b) = (matrix(&case.a, k, k, device), matrix(&case.b, k, k, device));
+            let (bias, extra) = (random.vec(n), random.of(mode.out_f16, m * n));
+            let [a, b] = [&case.a, &case.b].map(|values| matrix(mode.f16, values, k, k, device));
             let bias_tensor = primitive(tensor(&bias, [n], device));
             let factors = DROPOUT.factors(m, n);
             for with_bias in [false, true] {
@@ -177,28 +269,31 @@ fn every_epilogue_with_and_without_a_bias() {
                 let all = |value: &dyn Fn(usize) -> f64| (0..m * n).map(value).collect::<Vec<_>>();
                 let plain =
                     Product { bias: with_bias.then_some(&bias_tensor), ..Product::plain(Layout::Nt, &a, &b, m, n, k) };
-                let what = |name: &str| case.what(variant, &format!("{name} bias {with_bias}"));
+                let what = |name: &str| case.what(mode, &format!("{name} bias {with_bias}"));
+                let output = || Guarded::of(mode.out_f16, [m, n], device);
+                let near = mode.tolerance(1e-5);
 
-                let out = Guarded::new([m, n], device);
-                plain.launch(variant, &out.inside);
-                assert_close(&what("plain"), &out.values("plain"), &all(&sum), 1e-5);
+                let out = output();
+                plain.launch(mode.variant, &out.inside);
+                assert_close(&what("plain"), &out.values("plain"), &all(&sum), near);
 
                 for kind in [Gelu::Erf, Gelu::Tanh] {
-                    let (out, hidden) = (Guarded::new([m, n], device), Guarded::new([m, n], device));
+                    let (out, hidden) = (output(), output());
                     let epilogue = Epilogue::Gelu { tanh: kind == Gelu::Tanh };
-                    Product { epilogue, extra: Some(&hidden.inside), ..plain }.launch(variant, &out.inside);
-                    assert_close(&what("gelu's hidden"), &hidden.values("hidden"), &all(&sum), 1e-5);
+                    Product { epilogue, extra: Some(&hidden.inside), ..plain }.launch(mode.variant, &out.inside);
+                    assert_close(&what("gelu's hidden"), &hidden.values("hidden"), &all(&sum), near);
                     let want = all(&|i| common::twins::gelu(sum(i), kind));
-                    assert_close(&what("gelu"), &out.values("gelu"), &want, 1e-5);
+                    assert_close(&what("gelu"), &out.values("gelu"), &want, near);
                 }
 
                 for dropout in [Dropout::OFF, DROPOUT] {
-                    let (out, extra_tensor) = (Guarded::new([m, n], device), matrix(&extra, n, n, device));
+                    let (out, extra_tensor) = (output(), matrix(mode.out_f16, &extra, n, n, device));
                     let epilogue = Epilogue::Residual { dropout: dropout.is_on() };
-                    Product { epilogue, extra: Some(&extra_tensor), dropout, ..plain }.launch(variant, &out.inside);
+                    Product { epilogue, extra: Some(&extra_tensor), dropout, ..plain }
+                        .launch(mode.variant, &out.inside);
                     let factor = |i: usize| if dropout.is_on() { f64::from(factors[i]) } else { 1.0 };
                     let want = all(&|i| extra[i] + sum(i) * factor(i));
-                    assert_close(&what("residual"), &out.values("residual"), &want, 1e-5);
+                    assert_close(&what("residual"), &out.values("residual"), &want, near);
                 }
             }
         }

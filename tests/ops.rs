@@ -179,7 +179,7 @@ fn embedding_sums_and_scatters() {
         tokens[1] = tokens[0]; // a token that occurs twice: its gradients add
         let (tt, pt) = (leaf(&wte, [vocab, c], &device), leaf(&wpe, [block_size, c], &device));
         let ids = int_tensor(&tokens, [batch, time], &device.clone().autodiff());
-        let x = embedding(ids, tt.clone(), pt.clone(), DROPOUT);
+        let x = embedding(ids, tt.clone(), pt.clone(), DROPOUT, false);
         let s = EmbeddingShape { time, vocab, block_size, channels: c };
         let want = twins::embedding(&tokens, &wte, &wpe, s, DROPOUT);
         let [dwte, dwpe] = twins::embedding_backward(&dx, &tokens, s, DROPOUT);

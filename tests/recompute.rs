@@ -11,7 +11,7 @@ use common::*;
 use gpt_wgpu::checkpoint::read;
 use gpt_wgpu::config::Config;
 use gpt_wgpu::data::Batch;
-use gpt_wgpu::model::Gpt;
+use gpt_wgpu::model::{Gpt, Scale};
 use gpt_wgpu::ops::dropout::Dropout;
 use gpt_wgpu::optim::{GradientSum, Optimizer};
 use gpt_wgpu::parameters::{self, Visit};
@@ -59,32 +59,35 @@ fn batch(config: &Config, position: u64, device: &Device) -> (Tensor<2, Int>, Te
     train::upload(&Batch { x: draw(), y: draw() }, config.data.batch_size, device)
 }
 
-/// Losses, gradient norms and parameters of three steps.
-fn three_steps(device: &Device, recompute: Recompute) -> Bits {
-    let (config, device) = (config(recompute), device.clone().autodiff());
+/// Losses, what the verdicts remember (gradient norms among it) and parameters of three steps.
+fn three_steps(inner: &Device, f16: bool, recompute: Recompute) -> Bits {
+    let (config, device) = (config(recompute), inner.clone().autodiff());
     let batch = |position| Ok(batch(&config, position, &device));
     let step = Step { config: &config, batch: &batch };
     let mut model = Gpt::init(&config.gpt(VOCABULARY), 7, &device);
-    let (mut optimizer, mut position, mut bits) = (Optimizer::default(), 0, Bits::default());
+    model.f16 = f16;
+    let (mut optimizer, mut position, mut bits) = (Optimizer::new(f16, inner), 0, Bits::default());
     for i in 0..3 {
-        let (updated, stepped) = step.run(model, &mut optimizer, &mut position, 1e-3).unwrap();
+        let (updated, loss_sum) = step.run(model, &mut optimizer, &mut position, 1e-3).unwrap();
         model = updated;
-        bits.insert(&format!("loss {i}"), stepped.loss.unwrap());
-        bits.insert(&format!("norm {i}"), stepped.norm.unwrap());
+        bits.insert(&format!("loss {i}"), loss_sum);
+        bits.insert(&format!("memory {i}"), optimizer.memory.clone());
     }
-    assert_eq!(position, 6);
+    assert_eq!((position, optimizer.last_step().unwrap().updates), (6, 3));
     parameters::visit(&model, &mut bits);
     bits
 }
 
 #[test]
 fn what_is_computed_again_is_the_same_to_the_bit() {
-    for (device_name, device) in devices() {
-        let want = three_steps(&device, Recompute::None);
-        assert_eq!(want.0.len(), 6 + 2 + 3 * 12 + 2, "losses, norms, embeddings, blocks, last norm");
+    let in_f16 = gpu_with_f16().map(|device| ("gpu in f16", device, true));
+    let in_f32 = devices().into_iter().map(|(name, device)| (name, device, false));
+    for (device_name, device, f16) in in_f32.chain(in_f16) {
+        let want = three_steps(&device, f16, Recompute::None);
+        assert_eq!(want.0.len(), 6 + 2 + 3 * 12 + 2, "losses, memories, embeddings, blocks, last norm");
         assert_ne!(want.0["loss 0"], want.0["loss 2"]);
         for recompute in [Recompute::AttentionMlp, Recompute::Block] {
-            let got = three_steps(&device, recompute);
+            let got = three_steps(&device, f16, recompute);
             let differ: Vec<_> = want.0.iter().filter(|(name, bits)| got.0.get(*name) != Some(bits)).collect();
             let names: Vec<_> = differ.into_iter().map(|(name, _)| name).collect();
             assert!(names.is_empty() && got.0.len() == want.0.len(), "{device_name} {recompute:?}: {names:?}");
@@ -108,7 +111,7 @@ fn gradients_are_summed_in_place() {
         eprintln!("SKIPPED: no GPU adapter");
         return;
     };
-    let device = device.autodiff();
+    let (inner, device) = (device.clone(), device.autodiff());
     for recompute in [Recompute::None, Recompute::AttentionMlp, Recompute::Block] {
         let config = config(recompute);
         let model = Gpt::init(&config.gpt(VOCABULARY), 7, &device);
@@ -118,7 +121,8 @@ fn gradients_are_summed_in_place() {
         let mut places = |position| -> Vec<_> {
             let (tokens, targets) = batch(&config, position, &device);
             let dropout = Dropout { probability: 0.1, seed: 1, step: position as u32, site: 0 };
-            recompute::gradients(&model, tokens, targets, dropout, &config, &mut sum).unwrap();
+            let scale = Scale { factor: Optimizer::new(false, &inner).memory, parts: 2 };
+            recompute::gradients(&model, tokens, targets, dropout, scale, recompute, &mut sum).unwrap();
             let place = |name: &String| primitive(sum.get(name).unwrap().clone()).handle.binding().memory.id();
             names.0.iter().map(place).collect()
         };

@@ -1,4 +1,4 @@
-// Partial sums of g^2, one a workgroup, into this tensor's places of a buffer that all gradients share; gradient_norm.wgsl
+// Partial sums of g^2, one a workgroup, into this tensor's places of a buffer that all gradients share; verdict.wgsl
 // adds them up. A thread walks over the elements in steps of the grid: equal grids give equal bits. Prepend lanes4.wgsl or
 // lanes1.wgsl.
 //

@@ -45,9 +45,10 @@ const NORMS: u32 = LOSSES + WINDOW;
 var<workgroup> sums: array<f32, THREADS>;
 var<workgroup> window: array<f32, 2u * WINDOW>; // losses, norms
 
-// By its bits: fast math may assume that no infinity and no NaN exist.
-fn is_finite(value: f32) -> bool {
-    return (bitcast<u32>(value) & 0x7f800000u) != 0x7f800000u;
+// By the bits of a number as it was loaded: fast math may assume that no infinity and no NaN comes out of arithmetic or
+// goes into a function, and drops the question where it can trace the bits back to either.
+fn is_finite(bits: u32) -> bool {
+    return (bits & 0x7f800000u) != 0x7f800000u;
 }
 
 // 1 - exp(x) for x <= 0: near 0 by its series, since 1 - exp(x) would lose its digits.
@@ -98,7 +99,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     let scale = memory[LOSS_SCALE];
     let norm = sqrt(sums[0]) / scale;
     let loss = loss_sum[0] / params.parts;
-    let finite = is_finite(norm) && is_finite(loss);
+    let finite = is_finite(bitcast<u32>(sums[0])) && is_finite(bitcast<u32>(loss_sum[0]));
     let next = u32(memory[NEXT]);
     let remembered = min(memory[REMEMBERED] + select(0.0, 1.0, finite), f32(WINDOW));
     // The window with this step in it

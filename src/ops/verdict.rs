@@ -74,7 +74,8 @@ pub struct Rules {
 }
 
 impl Rules {
-    fn params(&self) -> [u32; 7] {
+    /// The words of the kernel's parameters behind the number of sums.
+    pub fn params(&self) -> [u32; 7] {
         [
             (self.grad_clip as f32).to_bits(),
             (self.lr as f32).to_bits(),
@@ -95,11 +96,6 @@ pub fn first_state(loss_scale: f32, updates: u64) -> Vec<f32> {
     first
 }
 
-/// Whether a number is neither infinite nor NaN, by its bits: Metal's compiler may assume that such do not exist.
-fn is_finite(value: f32) -> bool {
-    value.to_bits() & 0x7f80_0000 != 0x7f80_0000
-}
-
 /// 1 - exp(x) for x <= 0 without the difference of two numbers near 1.
 fn one_minus_exp(x: f32) -> f32 {
     -x.exp_m1()
@@ -117,8 +113,9 @@ fn deviations(newest: f32, window: &[f32]) -> f32 {
 pub fn judge(square_sum: f32, loss: f32, memory: &mut [f32], rules: &Rules) -> [f32; VERDICT] {
     let scale = memory[state::LOSS_SCALE];
     let norm = square_sum.sqrt() / scale;
+    // Of what comes in, not of what is made of it: Metal's compiler may assume that arithmetic gives finite numbers.
+    let finite = square_sum.is_finite() && loss.is_finite();
     let loss = loss / rules.parts as f32;
-    let finite = is_finite(norm) && is_finite(loss);
     memory[state::LOSS] = loss;
     memory[state::NORM] = norm;
     let mut spike = false;

@@ -4,8 +4,9 @@
 
 pub mod guarded;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use gpt_wgpu::device::{self, DeviceSpec};
+use gpt_wgpu::kernel::{self, Capabilities};
 pub use gpt_wgpu::twins::{self, difference};
 
 /// The devices of this machine that tests run on: the CPU, and the adapter that `GPT_WGPU_DEVICE` names (vulkan without it).
@@ -42,6 +43,20 @@ pub fn gpu() -> Option<Device> {
     .clone()
 }
 
+/// What the adapter of `device` can do.
+pub fn capabilities(device: &Device) -> Capabilities {
+    kernel::capabilities(&guarded::primitive(tensor(&[0.0], [1], device)))
+}
+
+/// The adapter, if its shaders have f16.
+pub fn gpu_with_f16() -> Option<Device> {
+    let device = gpu().filter(|device| capabilities(device).f16);
+    if device.is_none() {
+        eprintln!("SKIPPED in f16: no GPU adapter whose shaders have it");
+    }
+    device
+}
+
 /// What `--device` takes for the adapter that the tests run on.
 pub fn adapter() -> Option<String> {
     if gpu().is_none() {
@@ -68,22 +83,49 @@ impl Random {
         (0..count).map(|_| f64::from(self.next() as f32)).collect()
     }
 
+    /// Values that are exact in f16.
+    pub fn halves(&mut self, count: usize) -> Vec<f64> {
+        (0..count).map(|_| to_half(self.next())).collect()
+    }
+
+    /// Values that are exact in f16 (or f32).
+    pub fn of(&mut self, f16: bool, count: usize) -> Vec<f64> {
+        if f16 { self.halves(count) } else { self.vec(count) }
+    }
+
     pub fn below(&mut self, n: usize) -> usize {
         (((self.next() + 1.0) / 2.0) * n as f64) as usize % n
     }
 }
 
+/// The f16 nearest to `value`.
+pub fn to_half(value: f64) -> f64 {
+    half::f16::from_f64(value).to_f64()
+}
+
 pub fn tensor<const D: usize>(values: &[f64], shape: [usize; D], device: &Device) -> Tensor<D> {
-    let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
-    Tensor::from_data(TensorData::new(values, shape), device)
+    tensor_of(false, values, shape, device)
+}
+
+/// A tensor stored in f16 (or f32), rounded on the host.
+pub fn tensor_of<const D: usize>(f16: bool, values: &[f64], shape: [usize; D], device: &Device) -> Tensor<D> {
+    if f16 {
+        let values: Vec<_> = values.iter().map(|&v| half::f16::from_f64(v)).collect();
+        Tensor::from_data(TensorData::new(values, shape), (device, DType::F16))
+    } else {
+        let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
+        Tensor::from_data(TensorData::new(values, shape), device)
+    }
 }
 
 pub fn int_tensor<const D: usize>(values: &[i32], shape: [usize; D], device: &Device) -> Tensor<D, Int> {
     Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
 }
 
+/// A tensor's values; f16 is widened on the host.
 pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
-    gpt_wgpu::checkpoint::read(tensor).unwrap().into_iter().map(f64::from).collect()
+    let data = tensor.try_into_data().unwrap().convert_dtype(DType::F32);
+    data.try_into_vec::<f32>().unwrap().into_iter().map(f64::from).collect()
 }
 
 #[track_caller]

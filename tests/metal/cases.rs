@@ -2,11 +2,13 @@
 
 mod adamw;
 mod attention;
+mod cast;
 mod cross_entropy;
 mod dropout;
 mod embedding;
 mod layer_norm;
 mod linear;
+mod verdict;
 
 use gpt_wgpu::kernel::Kernel;
 use half::f16;
@@ -20,7 +22,9 @@ pub fn all() -> Vec<Case> {
         layer_norm::cases(),
         embedding::cases(),
         adamw::cases(),
+        verdict::cases(),
         cross_entropy::cases(),
+        cast::cases(),
     ]
     .concat()
 }
@@ -88,6 +92,11 @@ impl Buffer {
         Self { name, elem, before: vec![f64::NAN; want.len()], want, tolerance }
     }
 
+    /// As [`Buffer::output`], to the bit.
+    pub fn exact(name: &'static str, elem: Elem, want: Vec<f64>) -> Self {
+        Self::output(name, elem, want, 0.0)
+    }
+
     /// The content before the launch.
     pub fn bytes(&self) -> Vec<u8> {
         let value = |v: &f64| match self.elem {
@@ -122,6 +131,11 @@ impl Buffer {
 }
 
 impl Elem {
+    /// How activations are stored, and what an output of theirs may differ: by its rounding to 11 bits, else by `near`.
+    pub fn activation(f16: bool, near: f64) -> (Self, f64) {
+        if f16 { (Self::F16, 1e-3) } else { (Self::F32, near) }
+    }
+
     fn bytes(self) -> usize {
         if self == Self::F16 { 2 } else { 4 }
     }

@@ -6,7 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::lower::Shader;
+use crate::lower::{Shader, constructors};
 
 /// clang 16 is the first with f16 arithmetic that rounds every step.
 const OLDEST: u32 = 16;
@@ -111,7 +111,8 @@ impl Clang {
     /// clang's words.
     pub fn check_address_spaces(&self, msl: &str, name: &str) -> Result<(), String> {
         let source = self.folder.join(format!("{name}.metal"));
-        fs::write(&source, msl).map_err(|e| format!("{}: {e}", source.display()))?;
+        let text = format!("{}#line 1\n{msl}", constructors(msl));
+        fs::write(&source, text).map_err(|e| format!("{}: {e}", source.display()))?;
         let mut command = Command::new(&self.path);
         command.args([
             "-x",

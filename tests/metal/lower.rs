@@ -131,11 +131,12 @@ impl Shader {
         }
         // In a namespace without name, so that many kernels fit in one program. The headers must stand outside.
         Ok(format!(
-            "#include <metal_stdlib>\n#include <simd/simd.h>\nnamespace {{\n#line 1\n{msl}\n\
+            "#include <metal_stdlib>\n#include <simd/simd.h>\n{}namespace {{\n#line 1\n{msl}\n\
              void run_thread(void* const* at, const msl::Place& place) {{\n    (void)at, (void)place;\n    main_({});\n}}\n\
              const msl::Memory MEMORIES[] = {{{}}};\n\
              const msl::Kernel KERNEL = {{\"{}\", {threads}, MEMORIES, {}, run_thread}};\n\
              const int ADDED = msl::add_kernel(&KERNEL);\n}}\n",
+            constructors(msl),
             passed.join(", "),
             memories.join(", "),
             self.id,
@@ -161,6 +162,19 @@ impl Shader {
             })
             .collect()
     }
+}
+
+/// What lets a C++ compiler take `quad(a, b, c, d)` where MSL names a vector `quad`, as the stand-in headers do for `float4`.
+pub fn constructors(msl: &str) -> String {
+    let vectors =
+        ["half", "float", "int", "uint"].map(|scalar| [2, 3, 4].map(|count| format!("metal::{scalar}{count}")));
+    let alias = |line: &str| {
+        let (vector, name) = line.strip_prefix("typedef ")?.strip_suffix(';')?.split_once(' ')?;
+        let is_array = name.ends_with(']');
+        let is_vector = !is_array && vectors.as_flattened().iter().any(|known| known == vector);
+        is_vector.then(|| format!("#define {name}(...) metal::make<{name}>(__VA_ARGS__)\n"))
+    };
+    msl.lines().filter_map(alias).collect()
 }
 
 /// What the launcher passes for a built-in value.

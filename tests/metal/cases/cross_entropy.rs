@@ -3,17 +3,18 @@
 use gpt_wgpu::ops::cross_entropy::{IGNORED, count_kernel, mean_kernel, rows_kernel};
 
 use super::{Buffer, Case, Elem, two_rows};
-use crate::common::{Random, twins};
+use crate::common::{Random, to_half, twins};
 
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for rows in [1, 300] {
-        cases.extend([count(rows, false), count(rows, true), mean(rows)]);
+        cases.extend([count(rows, false, None), count(rows, true, Some(1024.0)), count(rows, false, Some(1024.0))]);
+        cases.push(mean(rows));
     }
-    for gradient in [false, true] {
+    for (gradient, f16) in [(false, false), (true, false), (false, true), (true, true)] {
         // Fewer quads than threads; a row of padding but for one column; more quads than threads
         cases.extend(
-            [(5, 67, 1), (1, 1, 0), (3, 1091, 2)].map(|(rows, vocab, first)| chunk(rows, vocab, first, gradient)),
+            [(5, 67, 1), (1, 1, 0), (3, 1091, 2)].map(|(rows, vocab, first)| chunk(rows, vocab, first, gradient, f16)),
         );
     }
     cases
@@ -23,15 +24,22 @@ fn targets(values: &[i32]) -> Buffer {
     Buffer::input("targets", Elem::Int, &values.iter().map(|&t| f64::from(t)).collect::<Vec<_>>())
 }
 
-fn count(rows: usize, all_ignored: bool) -> Case {
+/// With a loss scale, in front of a number that is none of this kernel's business, or without.
+fn count(rows: usize, all_ignored: bool, scale: Option<f64>) -> Case {
+    const PARTS: usize = 3;
     let values: Vec<i32> = (0..rows).map(|i| if all_ignored || i % 3 == 1 { IGNORED } else { i as i32 }).collect();
-    let count = values.iter().filter(|&&t| t >= 0).count().max(1);
+    let count = values.iter().filter(|&&t| t >= 0).count().max(1) as f64;
+    let weight = scale.unwrap_or(1.0) / (count * PARTS as f64);
     Case {
         kernel: count_kernel(),
-        what: format!("{rows} rows, all ignored: {all_ignored}"),
+        what: format!("{rows} rows, all ignored: {all_ignored}, scale {scale:?}"),
         grid: (1, 1, 1),
-        buffers: vec![targets(&values), Buffer::output("count", Elem::F32, vec![count as f64], 0.0)],
-        params: vec![rows as u32],
+        buffers: vec![
+            targets(&values),
+            Buffer::input("scale", Elem::F32, &[scale.unwrap_or(f64::NAN), f64::NAN]),
+            Buffer::output("count", Elem::F32, vec![count, weight], 1e-6),
+        ],
+        params: [rows, usize::from(scale.is_some()), PARTS].map(|word| word as u32).to_vec(),
     }
 }
 
@@ -44,7 +52,7 @@ fn mean(rows: usize) -> Case {
         grid: (1, 1, 1),
         buffers: vec![
             Buffer::input("losses", Elem::F32, &losses),
-            Buffer::input("count", Elem::F32, &[7.0]),
+            Buffer::input("count", Elem::F32, &[7.0, f64::NAN]),
             Buffer::output("loss", Elem::F32, vec![mean], 1e-5),
         ],
         params: vec![rows as u32],
@@ -52,12 +60,14 @@ fn mean(rows: usize) -> Case {
 }
 
 /// `rows` rows that follow `first` others, with one more behind.
-fn chunk(rows: usize, vocab: usize, first: usize, gradient: bool) -> Case {
-    const COUNT: f64 = 4.0;
-    let stride = vocab.next_multiple_of(4);
+fn chunk(rows: usize, vocab: usize, first: usize, gradient: bool, f16: bool) -> Case {
+    const WEIGHT: f64 = 85.25;
+    let (elem, tolerance) = Elem::activation(f16, 1e-5);
+    let stride = vocab.next_multiple_of(if f16 { 8 } else { 4 });
     let mut random = Random(vocab as u64);
     // Large logits: exponentials without a maximum taken off would overflow.
-    let logits: Vec<f64> = random.vec(rows * vocab).iter().map(|v| f64::from((v * 60.0 + 50.0) as f32)).collect();
+    let large = |v: &f64| if f16 { to_half(v * 60.0 + 50.0) } else { f64::from((v * 60.0 + 50.0) as f32) };
+    let logits: Vec<f64> = random.vec(rows * vocab).iter().map(large).collect();
     let all = first + rows + 1;
     // Of the last columns too; the chunk's second row is ignored
     let mut values: Vec<i32> = (0..all).map(|_| random.below(vocab) as i32).collect();
@@ -73,7 +83,7 @@ fn chunk(rows: usize, vocab: usize, first: usize, gradient: bool) -> Case {
         (0..vocab).for_each(|i| identity[i * vocab + i] = 1.0);
         let (loss, slope, _) = twins::cross_entropy(logits, &identity, &[target], vocab, vocab);
         losses[first + row] = loss;
-        slopes.extend(slope.iter().map(|v| v / COUNT));
+        slopes.extend(slope.iter().map(|v| v * WEIGHT));
         slopes.extend(vec![0.0; stride - vocab]);
     }
     let before: Vec<f64> = logits
@@ -81,19 +91,19 @@ fn chunk(rows: usize, vocab: usize, first: usize, gradient: bool) -> Case {
         .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(f64::NAN, stride - vocab)))
         .collect();
     let logits = if gradient {
-        Buffer { before, ..Buffer::output("logits", Elem::F32, slopes, 1e-5) }
+        Buffer { before, ..Buffer::output("logits", elem, slopes, tolerance) }
     } else {
-        Buffer::input("logits", Elem::F32, &before)
+        Buffer::input("logits", elem, &before)
     };
     Case {
-        kernel: rows_kernel(gradient),
+        kernel: rows_kernel(gradient, f16),
         what: format!("({rows}, {vocab})"),
         grid: two_rows(rows as u32),
         buffers: vec![
             logits,
             targets(&values),
             Buffer::output("losses", Elem::F32, losses, 1e-5),
-            Buffer::input("count", Elem::F32, &[COUNT]),
+            Buffer::input("count", Elem::F32, &[f64::NAN, WEIGHT]),
         ],
         params: [rows, vocab, stride, first].map(|size| size as u32).to_vec(),
     }

@@ -1,5 +1,6 @@
 //! Dropout on its own.
 
+use gpt_wgpu::kernel::lanes::Lanes;
 use gpt_wgpu::ops::dropout::{self, Dropout};
 
 use super::{Buffer, Case, Elem, two_rows};
@@ -13,22 +14,24 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn shapes() -> Vec<Case> {
+    let sizes = [(1, 1), (7, 67), (33, 128)];
+    [false, true].into_iter().flat_map(|f16| sizes.map(|(rows, columns)| case(rows, columns, f16))).collect()
+}
+
+fn case(rows: usize, columns: usize, f16: bool) -> Case {
     let dropout = Dropout { probability: 0.3, seed: 0x1234_5678_9abc, step: 7, site: 0x105 };
-    [(1, 1), (7, 67), (33, 128)]
-        .into_iter()
-        .map(|(rows, columns)| {
-            let x = Random(5).vec(rows * columns);
-            let factors = dropout.factors(rows, columns);
-            let want = x.iter().zip(factors).map(|(x, factor)| x * f64::from(factor)).collect();
-            let mut params = vec![rows as u32, columns as u32];
-            params.extend(dropout.params());
-            Case {
-                kernel: dropout::kernel(columns),
-                what: format!("({rows}, {columns})"),
-                grid: two_rows((rows * columns.div_ceil(4)).div_ceil(256) as u32),
-                buffers: vec![Buffer::input("x", Elem::F32, &x), Buffer::output("y", Elem::F32, want, 1e-6)],
-                params,
-            }
-        })
-        .collect()
+    let (elem, tolerance) = Elem::activation(f16, 1e-6);
+    let x = Random(5).of(f16, rows * columns);
+    let factors = dropout.factors(rows, columns);
+    let want = x.iter().zip(factors).map(|(x, factor)| x * f64::from(factor)).collect();
+    let lanes = Lanes::of(columns).count;
+    let mut params = vec![rows as u32, lanes as u32];
+    params.extend(dropout.params());
+    Case {
+        kernel: dropout::kernel(columns, f16),
+        what: format!("({rows}, {columns})"),
+        grid: two_rows((rows * lanes).div_ceil(256) as u32),
+        buffers: vec![Buffer::input("x", elem, &x), Buffer::output("y", elem, want, tolerance)],
+        params,
+    }
 }

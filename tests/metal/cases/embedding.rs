@@ -18,10 +18,12 @@ pub fn cases() -> Vec<Case> {
         let shape = EmbeddingShape { time: 9, vocab: 22, block_size: 13, channels };
         for dropout in [Dropout::OFF, DROPOUT] {
             let inputs = Inputs::new(5, shape, dropout);
-            cases.push(inputs.forward());
-            cases.extend([1, 16].map(|rows| inputs.backward(rows)));
-            cases.extend(dropout.is_on().then(|| inputs.forward().with_int64()));
-            cases.extend(dropout.is_on().then(|| inputs.backward(16).with_int64()));
+            for f16 in [false, true] {
+                cases.push(inputs.forward(f16));
+                cases.extend([1, 16].map(|rows| inputs.backward(rows, f16)));
+            }
+            cases.extend(dropout.is_on().then(|| inputs.forward(false).with_int64()));
+            cases.extend(dropout.is_on().then(|| inputs.backward(16, false).with_int64()));
         }
     }
     // More positions than a workgroup sorts, and as many as it does
@@ -59,8 +61,9 @@ impl Inputs {
         Buffer::input("tokens", Elem::Int, &self.tokens.iter().map(|&t| f64::from(t)).collect::<Vec<_>>())
     }
 
-    fn forward(&self) -> Case {
+    fn forward(&self, f16: bool) -> Case {
         let s = self.shape;
+        let (elem, tolerance) = Elem::activation(f16, 1e-6);
         let mut random = Random(29);
         let (wte, wpe) = (random.vec(s.vocab * s.channels), random.vec(s.block_size * s.channels));
         let x = twins::embedding(&self.tokens, &wte, &wpe, s, self.dropout);
@@ -68,14 +71,14 @@ impl Inputs {
         let mut params = [self.tokens.len(), lanes.count, s.time, s.vocab].map(|size| size as u32).to_vec();
         params.extend(self.dropout.params());
         Case {
-            kernel: forward_kernel(lanes, false, self.dropout.is_on()),
+            kernel: forward_kernel(lanes, f16, self.dropout.is_on()),
             what: self.what(),
             grid: two_rows((self.tokens.len() * lanes.count).div_ceil(256) as u32),
             buffers: vec![
                 self.tokens(),
                 Buffer::input("wte", Elem::F32, &wte),
                 Buffer::input("wpe", Elem::F32, &wpe),
-                Buffer::output("x", Elem::F32, x, 1e-6),
+                Buffer::output("x", elem, x, tolerance),
             ],
             params,
         }
@@ -128,9 +131,10 @@ impl Inputs {
     }
 
     /// `rows` of wte and wpe a workgroup.
-    fn backward(&self, rows: usize) -> Case {
+    fn backward(&self, rows: usize, f16: bool) -> Case {
         let s = self.shape;
-        let dx = Random(31).vec(self.tokens.len() * s.channels);
+        let (elem, _) = Elem::activation(f16, 0.0);
+        let dx = Random(31).of(f16, self.tokens.len() * s.channels);
         let [dwte, dwpe] = twins::embedding_backward(&dx, &self.tokens, s, self.dropout);
         let [order, starts] = self.lists();
         let lanes = Lanes::of(s.channels);
@@ -138,11 +142,11 @@ impl Inputs {
         params.extend(self.dropout.params());
         let groups = (s.vocab + s.block_size).div_ceil(rows) * lanes.count.div_ceil(16);
         Case {
-            kernel: backward_kernel(lanes, false, self.dropout.is_on(), rows),
+            kernel: backward_kernel(lanes, f16, self.dropout.is_on(), rows),
             what: self.what(),
             grid: if self.dropout.is_on() { two_rows(groups as u32) } else { fold(groups as u32) },
             buffers: vec![
-                Buffer::input("dx", Elem::F32, &dx),
+                Buffer::input("dx", elem, &dx),
                 Buffer::input("order", Elem::Int, &order),
                 Buffer::input("starts", Elem::Int, &starts),
                 Buffer::output("dwte", Elem::F32, dwte, 1e-5),

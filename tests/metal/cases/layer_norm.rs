@@ -5,41 +5,45 @@ use gpt_wgpu::kernel::lanes::Lanes;
 use gpt_wgpu::ops::layer_norm::{WIDTHS, backward_kernel, forward_kernel, sums_kernel};
 
 use super::{Buffer, Case, Elem, two_rows};
-use crate::common::{Random, twins};
+use crate::common::{Random, to_half, twins};
 
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for columns in WIDTHS {
-        cases.extend([false, true].map(|bias| forward(3, columns, bias)));
-        cases.push(backward(7, columns, 3));
+    for f16 in [false, true] {
+        for columns in WIDTHS {
+            cases.extend([false, true].map(|bias| forward(3, columns, bias, f16)));
+            cases.push(backward(7, columns, 3, f16));
+        }
+        // One row, and more than the groups of a folded grid take in one step
+        cases.extend([forward(1, 67, true, f16), backward(1, 67, 1, f16), backward(8, 384, 1, f16)]);
     }
-    // One row, and more than the groups of a folded grid take in one step
-    cases.extend([forward(1, 67, true), backward(1, 67, 1), backward(8, 384, 1)]);
     cases.extend([(1, 67), (70, 67), (33, 36)].map(|(rows, columns)| sums(rows, columns)));
     cases
 }
 
 /// x, w and b of one shape.
-fn inputs(rows: usize, columns: usize) -> [Vec<f64>; 3] {
+fn inputs(rows: usize, columns: usize, f16: bool) -> [Vec<f64>; 3] {
     let mut random = Random((rows * 31 + columns) as u64);
     // An offset: a variance taken as a difference of squares would lose its bits.
-    let x = random.vec(rows * columns).iter().map(|v| f64::from((v * 2.0 + 3.0) as f32)).collect();
+    let round = |v: f64| if f16 { to_half(v) } else { f64::from(v as f32) };
+    let x = random.vec(rows * columns).iter().map(|v| round(v * 2.0 + 3.0)).collect();
     [x, random.vec(columns), random.vec(columns)]
 }
 
-fn forward(rows: usize, columns: usize, bias: bool) -> Case {
-    let [x, w, b] = inputs(rows, columns);
+fn forward(rows: usize, columns: usize, bias: bool, f16: bool) -> Case {
+    let [x, w, b] = inputs(rows, columns, f16);
+    let (elem, tolerance) = Elem::activation(f16, 1e-5);
     let (y, mean, rstd) = twins::layer_norm(&x, &w, bias.then_some(&b[..]), columns);
-    let (kernel, group_rows) = forward_kernel(columns, false, bias);
+    let (kernel, group_rows) = forward_kernel(columns, f16, bias);
     Case {
         kernel,
         what: format!("({rows}, {columns})"),
         grid: two_rows(rows.div_ceil(group_rows) as u32),
         buffers: vec![
-            Buffer::input("x", Elem::F32, &x),
+            Buffer::input("x", elem, &x),
             Buffer::input("w", Elem::F32, &w),
             Buffer::input("b", Elem::F32, if bias { &b } else { &w }),
-            Buffer::output("y", Elem::F32, y, 1e-5),
+            Buffer::output("y", elem, y, tolerance),
             Buffer::output("mean", Elem::F32, mean, 1e-6),
             Buffer::output("rstd", Elem::F32, rstd, 1e-5),
         ],
@@ -48,12 +52,13 @@ fn forward(rows: usize, columns: usize, bias: bool) -> Case {
 }
 
 /// `groups` workgroups walk over the rows in steps of the whole grid.
-fn backward(rows: usize, columns: usize, groups: usize) -> Case {
-    let [x, w, _] = inputs(rows, columns);
-    let dy = Random(17).vec(rows * columns);
+fn backward(rows: usize, columns: usize, groups: usize, f16: bool) -> Case {
+    let [x, w, _] = inputs(rows, columns, f16);
+    let (elem, tolerance) = Elem::activation(f16, 1e-5);
+    let dy = Random(17).of(f16, rows * columns);
     let (_, mean, rstd) = twins::layer_norm(&x, &w, None, columns);
     let [dx, _, _] = twins::layer_norm_backward(&dy, &x, &w, columns);
-    let (kernel, group_rows) = backward_kernel(columns, false);
+    let (kernel, group_rows) = backward_kernel(columns, f16);
     // Each group's sums are those of the rows that it walks over.
     let mut partials = Vec::new();
     for group in 0..groups {
@@ -69,12 +74,12 @@ fn backward(rows: usize, columns: usize, groups: usize) -> Case {
         what: format!("({rows}, {columns}), {groups} groups"),
         grid: (groups as u32, 1, 1),
         buffers: vec![
-            Buffer::input("dy", Elem::F32, &dy),
-            Buffer::input("x", Elem::F32, &x),
+            Buffer::input("dy", elem, &dy),
+            Buffer::input("x", elem, &x),
             Buffer::input("w", Elem::F32, &w),
             Buffer::input("mean", Elem::F32, &mean),
             Buffer::input("rstd", Elem::F32, &rstd),
-            Buffer::output("dx", Elem::F32, dx, 1e-5),
+            Buffer::output("dx", elem, dx, tolerance),
             Buffer::output("partials", Elem::F32, partials, 1e-5),
         ],
         params: vec![rows as u32],

@@ -8,7 +8,7 @@ use gpt_wgpu::ops::linear::{BLOCK_ROWS, Gelu, column_sum_kernel, gelu_gradient_k
 
 use super::{Buffer, Case, Elem, two_rows};
 use crate::apple;
-use crate::common::{Random, twins};
+use crate::common::{Random, to_half, twins};
 
 const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 0xfeed_beef_cafe, step: 3, site: 0x101 };
 const PLAIN: Epilogue = Epilogue::Plain;
@@ -23,22 +23,37 @@ struct Ask {
     layout: Layout,
     /// M, N and K.
     sizes: [usize; 3],
-    /// Whether rows are padded to whole quads, the padding poisoned.
+    /// Whether rows are padded to whole packs (four neighbours, eight of f16 for matrices), the padding poisoned.
     padded: bool,
     k_split: usize,
     scale: f32,
     epilogue: Epilogue,
     bias: bool,
+    /// Whether A and B are f16.
+    f16: bool,
+    /// Whether out is.
+    out_f16: bool,
 }
 
 /// A product of everything with nothing behind it.
 const fn ask(layout: Layout, sizes: [usize; 3]) -> Ask {
-    Ask { layout, sizes, padded: false, k_split: sizes[2], scale: 1.0, epilogue: PLAIN, bias: false }
+    let (f16, out_f16) = (false, false);
+    Ask { layout, sizes, padded: false, k_split: sizes[2], scale: 1.0, epilogue: PLAIN, bias: false, f16, out_f16 }
+}
+
+/// The same of f16; sums over parts of K, and a weight's gradient, leave in f32.
+const fn half(layout: Layout, sizes: [usize; 3]) -> Ask {
+    let out_f16 = !matches!(layout, Layout::Tn);
+    Ask { f16: true, out_f16, ..ask(layout, sizes) }
 }
 
 pub fn cases() -> Vec<Case> {
+    [sums_and_slopes(), products(), products_of_f16()].concat()
+}
+
+fn products() -> Vec<Case> {
     use Layout::{Nn, Nt, Tn};
-    let mut cases = sums_and_slopes();
+    let mut cases = Vec::new();
     for variant in supported(&apple(), false) {
         // Shapes of one kind share a kernel: whole tiles; ragged ones of whole quads; rows of any length.
         let mut asks = vec![
@@ -79,12 +94,49 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
+fn products_of_f16() -> Vec<Case> {
+    use Layout::{Nn, Nt, Tn};
+    let mut cases = Vec::new();
+    for variant in supported(&apple(), true) {
+        let mut asks = vec![
+            half(Nt, [64, 128, 64]),
+            Ask { bias: true, ..half(Nt, [70, 67, 33]) },
+            Ask { bias: true, padded: true, ..half(Nt, [70, 67, 33]) },
+            Ask { padded: true, ..half(Nt, [1, 1, 1]) },
+            // Ragged in M and N alone
+            Ask { bias: true, ..half(Nt, [65, 72, 64]) },
+            half(Nn, [64, 64, 32]),
+            half(Nn, [67, 65, 34]),
+            half(Nn, [65, 72, 64]),
+            Ask { padded: true, ..half(Nn, [65, 66, 35]) },
+            // K in parts: whole ones, and one too short
+            Ask { k_split: 32, out_f16: false, ..half(Nn, [64, 64, 64]) },
+            Ask { k_split: 32, out_f16: false, padded: true, ..half(Nn, [65, 66, 35]) },
+            Ask { k_split: 32, out_f16: false, ..half(Nn, [67, 65, 34]) },
+            half(Tn, [64, 64, 64]),
+            Ask { k_split: 64, ..half(Tn, [72, 64, 192]) },
+            Ask { k_split: 32, padded: true, ..half(Tn, [5, 70, 71]) },
+            Ask { k_split: 32, ..half(Tn, [5, 70, 71]) },
+            Ask { epilogue: ERF, bias: true, padded: true, ..half(Nt, [65, 70, 36]) },
+            Ask { epilogue: TANH, ..half(Nt, [66, 65, 30]) },
+            Ask { epilogue: KEEP, bias: true, padded: true, ..half(Nt, [66, 67, 20]) },
+            Ask { epilogue: DROP, ..half(Nt, [65, 72, 32]) },
+        ];
+        if variant == Variant::Scalar {
+            // The large tile of 128 x 128
+            asks.extend([half(Nt, [128, 128, 32]), half(Nn, [129, 130, 20]), half(Tn, [131, 129, 33])]);
+        }
+        cases.extend(asks.iter().map(|ask| ask.case(variant)));
+    }
+    cases
+}
+
 impl Ask {
     fn case(&self, variant: Variant) -> Case {
-        let Self { layout, sizes: [m, n, k], padded, k_split, scale, epilogue, bias } = *self;
+        let Self { layout, sizes: [m, n, k], padded, k_split, scale, epilogue, bias, f16, out_f16 } = *self;
         let mut random = Random((m * 7 + n * 3 + k) as u64);
         // What is multiplied in f16 is given in f16: the rest of the difference is the order of the sums.
-        let round = |v: f64| if variant.rounds_f32() { half::f16::from_f64(v).to_f64() } else { v };
+        let round = |v: f64| if f16 || variant.rounds_f32() { to_half(v) } else { v };
         let mut values = |count: usize| random.vec(count).into_iter().map(round).collect::<Vec<_>>();
         let (a, b, bias_values, extra) = (values(m * k), values(k * n), values(n), values(m * n));
         let term = |row: usize, column: usize, i: usize| match layout {
@@ -97,7 +149,8 @@ impl Ask {
             Layout::Nn => [k, n],
             Layout::Tn => [m, n],
         };
-        let strides = [a_columns, b_columns, n].map(|c| if padded { c.next_multiple_of(4) } else { c });
+        let pack = if f16 && variant != Variant::Scalar { 8 } else { 4 };
+        let strides = [a_columns, b_columns, n].map(|c| if padded { c.next_multiple_of(pack) } else { c });
         let dropout = if epilogue == DROP { DROPOUT } else { Dropout::OFF };
         let plan = Plan {
             variant,
@@ -108,7 +161,7 @@ impl Ask {
             scale,
             epilogue,
             bias,
-            f16: [false; 3],
+            f16: [f16, f16, out_f16],
             dropout,
         };
 
@@ -129,21 +182,27 @@ impl Ask {
             Epilogue::Residual { dropout: false } => map(&|i, v| extra[i] + v),
             Epilogue::Residual { dropout: true } => map(&|i, v| extra[i] + v * f64::from(factors[i])),
         };
-        let input = |name, values: &[f64], columns, stride| {
-            Buffer::input(name, Elem::F32, &pad(values, columns, stride, f64::NAN))
+        let input = |name, f16, values: &[f64], columns, stride| {
+            let (elem, _) = Elem::activation(f16, 0.0);
+            Buffer::input(name, elem, &pad(values, columns, stride, f64::NAN))
         };
         // The padding of a row may be written.
-        let output =
-            |name, values: &[f64]| Buffer::output(name, Elem::F32, pad(values, n, strides[2], f64::INFINITY), 1e-5);
-        let mut buffers =
-            vec![input("a", &a, a_columns, strides[0]), input("b", &b, b_columns, strides[1]), output("out", &want)];
+        let output = |name, values: &[f64]| {
+            let (elem, tolerance) = Elem::activation(out_f16, 1e-5);
+            Buffer::output(name, elem, pad(values, n, strides[2], f64::INFINITY), tolerance)
+        };
+        let mut buffers = vec![
+            input("a", f16, &a, a_columns, strides[0]),
+            input("b", f16, &b, b_columns, strides[1]),
+            output("out", &want),
+        ];
         if bias {
             buffers.push(Buffer::input("bias", Elem::F32, &bias_values));
         }
         match epilogue {
             Epilogue::Plain => {}
             Epilogue::Gelu { .. } => buffers.push(output("extra", &sums)),
-            Epilogue::Residual { .. } => buffers.push(input("extra", &extra, n, strides[2])),
+            Epilogue::Residual { .. } => buffers.push(input("extra", out_f16, &extra, n, strides[2])),
         }
         let what = format!("{:?} padded {padded} split {k_split} scale {scale}", self.sizes);
         Case { kernel: plan.kernel(), what, grid: two_rows(plan.groups()), buffers, params: plan.params() }
@@ -163,42 +222,47 @@ fn sums_and_slopes() -> Vec<Case> {
         let params = params.iter().map(|&word| word as u32).collect();
         cases.push(Case { kernel, what, grid, buffers, params });
     };
-    for (rows, columns) in [(1, 1), (BLOCK_ROWS, 64), (2 * BLOCK_ROWS + 3, 67)] {
-        let x = Random(3).vec(rows * columns);
+    let sizes = [(1, 1), (BLOCK_ROWS, 64), (2 * BLOCK_ROWS + 3, 67)];
+    for (rows, columns, f16) in [false, true].into_iter().flat_map(|f16| sizes.map(|(r, c)| (r, c, f16))) {
+        let x = Random(3).of(f16, rows * columns);
         let blocks = x.chunks(BLOCK_ROWS * columns);
         let parts = blocks
             .flat_map(|block| twins::linear_backward(block, &[], &[], block.len() / columns, 0, columns)[2].clone());
         let parts = Buffer::output("parts", Elem::F32, parts.collect(), 1e-5);
         let groups = rows.div_ceil(BLOCK_ROWS) * columns.div_ceil(64);
-        let buffers = vec![Buffer::input("x", Elem::F32, &x), parts];
+        let buffers = vec![Buffer::input("x", Elem::activation(f16, 0.0).0, &x), parts];
         let what = format!("({rows}, {columns})");
-        add(column_sum_kernel(false), what, two_rows(groups as u32), buffers, &[rows, columns]);
+        add(column_sum_kernel(f16), what, two_rows(groups as u32), buffers, &[rows, columns]);
     }
-    for gelu in [Gelu::Erf, Gelu::Tanh] {
+    for (gelu, f16) in [(Gelu::Erf, false), (Gelu::Tanh, false), (Gelu::Erf, true), (Gelu::Tanh, true)] {
         for quads in [1usize, 259] {
+            let (elem, tolerance) = Elem::activation(f16, 1e-5);
+            let round = |v: f64| if f16 { to_half(v) } else { v };
             let mut random = Random(11);
-            let (dy, h): (Vec<_>, Vec<_>) = (0..4 * quads).map(|_| (random.next(), 5.0 * random.next())).unzip();
+            let mut pair = || (round(random.next()), round(5.0 * random.next()));
+            let (dy, h): (Vec<_>, Vec<_>) = (0..4 * quads).map(|_| pair()).unzip();
             let dh = dy.iter().zip(&h).map(|(dy, h)| dy * twins::gelu_slope(*h, gelu)).collect();
             let buffers = vec![
-                Buffer::input("dy", Elem::F32, &dy),
-                Buffer::input("h", Elem::F32, &h),
-                Buffer::output("dh", Elem::F32, dh, 1e-5),
+                Buffer::input("dy", elem, &dy),
+                Buffer::input("h", elem, &h),
+                Buffer::output("dh", elem, dh, tolerance),
             ];
             let grid = two_rows(quads.div_ceil(256) as u32);
-            add(gelu_gradient_kernel(gelu, false), format!("{quads} quads"), grid, buffers, &[quads]);
+            add(gelu_gradient_kernel(gelu, f16), format!("{quads} quads"), grid, buffers, &[quads]);
         }
     }
     for (elements, parts) in [(4 * 257, 3), (261, 1), (1, 5)] {
-        for accumulate in [false, true] {
+        for (accumulate, f16) in [(false, false), (true, false), (false, true)] {
+            let (elem, tolerance) = Elem::activation(f16, 1e-6);
             let mut random = Random(13);
             let (values, old) = (random.vec(parts * elements), random.vec(elements));
             let sum = |i: usize| (0..parts).map(|part| values[part * elements + i]).sum::<f64>();
             let want = (0..elements).map(|i| sum(i) + if accumulate { old[i] } else { 0.0 }).collect();
-            let mut out = Buffer::output("out", Elem::F32, want, 1e-6);
+            let mut out = Buffer::output("out", elem, want, tolerance);
             if accumulate {
                 out.before = old;
             }
-            let (kernel, width) = sum_parts_kernel(elements, accumulate);
+            let (kernel, width) = sum_parts_kernel(elements, accumulate, f16);
             let groups = (elements / width).div_ceil(256) as u32;
             let grid = if parts == 3 { two_rows(groups) } else { fold(groups) };
             let buffers = vec![Buffer::input("parts", Elem::F32, &values), out];

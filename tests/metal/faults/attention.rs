@@ -33,15 +33,19 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "the mask the other way round", kernel: "dropout", constants: &[],
-        from: ">= params.drop_threshold", to: "< params.drop_threshold", found_by: Layer::Values,
+        from: ">= lane_words(params.drop_threshold)", to: "< lane_words(params.drop_threshold)", found_by: Layer::Values,
     },
     Fault {
-        what: "four columns where fewer are left", kernel: "dropout", constants: &[],
-        from: "min(4u, params.columns - block * 4u)", to: "4u", found_by: Layer::Bounds,
+        what: "one word for four columns", kernel: "dropout", constants: &["const WIDTH: u32 = 1u;"],
+        from: "block[first_column % 4u]", to: "block[0]", found_by: Layer::Values,
     },
     Fault {
-        what: "one group more than there are", kernel: "dropout", constants: &[],
-        from: "if (group >= params.rows", to: "if (group > params.rows", found_by: Layer::Bounds,
+        what: "one lane more than there are", kernel: "dropout", constants: &[],
+        from: "if (index >= params.rows", to: "if (index > params.rows", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a product in f16", kernel: "dropout", constants: &["alias elem = f16;"],
+        from: "lanes(x[index]) * params.keep_scale", to: "lanes(x[index] * elem(params.keep_scale))", found_by: Layer::Limits,
     },
     Fault {
         what: "the grid's second row forgotten", kernel: "dropout", constants: &[],

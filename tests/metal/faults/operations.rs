@@ -14,7 +14,9 @@ const A_BY_K: &str = "const A_BY_K: bool = true;";
 const A_BY_M: &str = "const A_BY_K: bool = false;";
 const B_BY_K: &str = "const B_BY_N: bool = false;";
 const EXACT: &str = "const RAGGED: bool = false;";
-const RAGGED: &str = "const RAGGED: bool = true;";
+const K_RAGGED: &str = "const K_RAGGED: bool = true;";
+const OCTS: &str = "// plain, octs, bias: true";
+const HALVES: &str = "alias elem = f16;";
 const SCALED: &str = "const A_SCALED: bool = true;";
 const GRADIENT: &str = "const GRADIENT: bool = true;";
 const SIXTEEN_ROWS: &str = "const ROWS: u32 = 16u;";
@@ -55,8 +57,8 @@ pub const FAULTS: &[Fault] = &[
         from: "store_out(index, min(4u, params.n - col), sum", to: "store_out(index, min(4u, params.n - col + 1u), sum", found_by: Layer::Race,
     },
     Fault {
-        what: "k behind the last", kernel: "linear_scalar", constants: &[SMALL, BARE_QUADS, A_BY_M, B_BY_K, RAGGED],
-        from: "< vec4<u32>(place.end_k)", to: "<= vec4<u32>(place.end_k)", found_by: Layer::Values,
+        what: "k behind the last", kernel: "linear_scalar", constants: &[SMALL, BARE_QUADS, A_BY_M, B_BY_K, K_RAGGED],
+        from: "max(k, place.end_k) - k", to: "max(k, place.end_k + 1u) - k", found_by: Layer::Values,
     },
     Fault {
         what: "parts of a sum in one place", kernel: "linear_scalar", constants: &[SMALL, BARE_QUADS, A_BY_K, EXACT],
@@ -156,19 +158,113 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "one lane more than there are", kernel: "adamw", constants: &[],
-        from: "if (index >= params.count)", to: "if (index > params.count)", found_by: Layer::Bounds,
+        from: "if (index >= params.count ||", to: "if (index > params.count ||", found_by: Layer::Bounds,
     },
     Fault {
         what: "a slope without the clip", kernel: "adamw", constants: &[],
-        from: "g[index] * scale[0]", to: "g[index]", found_by: Layer::Limits,
+        from: "g[index] * verdict[0]", to: "g[index]", found_by: Layer::Values,
+    },
+    Fault {
+        what: "an update that was not to be made", kernel: "adamw", constants: &[],
+        from: " || verdict[1] == 0.0", to: "", found_by: Layer::Values,
     },
     Fault {
         what: "lanes behind the last", kernel: "square_sums", constants: &[],
         from: "g[min(index, params.count - 1u)]", to: "g[index]", found_by: Layer::Bounds,
     },
     Fault {
-        what: "a tree that stops early", kernel: "gradient_norm", constants: &[],
+        what: "a tree that stops early", kernel: "verdict", constants: &[],
         from: "reach > 0u", to: "reach > 1u", found_by: Layer::Values,
+    },
+    Fault {
+        what: "the last sum twice", kernel: "verdict", constants: &[],
+        from: "value, index < params.count)", to: "value, index <= params.count)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a memory rewritten while it is read", kernel: "verdict", constants: &[],
+        from: "storageBarrier(); // all", to: "// all", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a window read before it is whole", kernel: "verdict", constants: &[],
+        from: "before it is rewritten\n    workgroupBarrier();", to: "before it is rewritten", found_by: Layer::Race,
+    },
+    Fault {
+        what: "finite as arithmetic sees it", kernel: "verdict", constants: &[],
+        from: "(bits & 0x7f800000u) != 0x7f800000u", to: "bitcast<f32>(bits) * 0.0 == 0.0", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a question that fast mathematics answers beforehand", kernel: "verdict", constants: &[],
+        from: "is_finite(bitcast<u32>(sums[0]))", to: "is_finite(bitcast<u32>(norm))", found_by: Layer::Values,
+    },
+    Fault {
+        what: "infinite alone is not finite", kernel: "verdict", constants: &[],
+        from: "(bits & 0x7f800000u) != 0x7f800000u", to: "(bits & 0x7fffffffu) != 0x7f800000u", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a window that does not begin again", kernel: "verdict", constants: &[],
+        from: "f32((next + 1u) % WINDOW)", to: "f32(next + 1u)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a norm that is not in its own window", kernel: "verdict", constants: &[],
+        from: "thread % WINDOW == next", to: "thread == next", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a window that is never full", kernel: "verdict", constants: &[],
+        from: "select(0.0, 1.0, finite), f32(WINDOW)", to: "select(0.0, 1.0, finite), f32(WINDOW - 1u)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a clip that enlarges", kernel: "verdict", constants: &[],
+        from: "min(1.0, params.limit / (norm + 1e-6))", to: "params.limit / (norm + 1e-6)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a loss scale that grows a step late", kernel: "verdict", constants: &[],
+        from: "good >= GROWTH_INTERVAL", to: "good > GROWTH_INTERVAL", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a loss scale below the least", kernel: "verdict", constants: &[],
+        from: "max(0.5 * scale, LEAST_SCALE)", to: "0.5 * scale", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a rate of no update", kernel: "verdict", constants: &[],
+        from: "max(updates, 1.0)", to: "updates", found_by: Layer::Values,
+    },
+    Fault {
+        what: "subnormal numbers flushed", kernel: "cast", constants: &[],
+        from: "stored(x[index])", to: "stored(select(lanes(), x[index], abs(x[index]) > lanes(6.1e-5)))", found_by: Layer::Values,
+    },
+    Fault {
+        what: "one lane more than there are", kernel: "cast", constants: &[],
+        from: "if (index < params.count)", to: "if (index <= params.count)", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "the high half of a word where the row ends before it", kernel: "linear_coop", constants: &[OCTS, K_RAGGED],
+        from: "first + 1u < vec4<u32>(count)", to: "first < vec4<u32>(count)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "one quad of a pack twice", kernel: "linear_coop", constants: &[OCTS],
+        from: "select(pack.xy, pack.zw, i == 1u)", to: "select(pack.xy, pack.zw, i == 2u)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "packs counted as quads", kernel: "linear_coop", constants: &[OCTS],
+        from: "return a[index / PACK];", to: "return a[index / 4u];", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a pack's second quad in the place of its first", kernel: "linear_coop", constants: &[OCTS],
+        from: "store_a(place + 4u / SLOT, ", to: "store_a(place, ", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a pack behind the row's last", kernel: "linear_coop", constants: &[OCTS, K_RAGGED],
+        from: "min(k, (params.k - 1u) / PACK * PACK)", to: "k", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a sum of weights in f16", kernel: "embedding_forward", constants: &[KEEPS, HALVES],
+        from: "wte[token * params.lanes + lane] + wpe[row % params.time * params.lanes + lane]",
+        to: "lanes(stored(wte[token * params.lanes + lane]) + stored(wpe[row % params.time * params.lanes + lane]))",
+        found_by: Layer::Limits,
+    },
+    Fault {
+        what: "a mean of what is stored", kernel: "layer_norm_forward", constants: &[LANES67, HALVES],
+        from: "sum += total(values[i]);", to: "sum = f32(f16(sum + total(values[i])));", found_by: Layer::Values,
     },
     Fault {
         what: "a gradient before the target's logit is read", kernel: "cross_entropy", constants: &[GRADIENT],
@@ -176,11 +272,23 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a gradient of the padding", kernel: "cross_entropy", constants: &[GRADIENT],
-        from: ", columns < vec4<u32>(params.vocab)", to: ", columns <= vec4<u32>(params.vocab)", found_by: Layer::Values,
+        from: "inside = columns < vec4<u32>(params.vocab)", to: "inside = columns <= vec4<u32>(params.vocab)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "the count for the weight", kernel: "cross_entropy", constants: &[GRADIENT, HALVES],
+        from: "select(0.0, count[1], counts)", to: "select(0.0, count[0], counts)", found_by: Layer::Values,
     },
     Fault {
         what: "no target to divide by", kernel: "cross_entropy_count", constants: &[],
         from: "max(sums[0], 1u)", to: "sums[0]", found_by: Layer::Values,
+    },
+    Fault {
+        what: "one micro-batch where there are more", kernel: "cross_entropy_count", constants: &[],
+        from: "(counted * f32(params.parts))", to: "counted", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a loss scale where there is none", kernel: "cross_entropy_count", constants: &[],
+        from: "if (params.is_scaled != 0u)", to: "if (params.parts != 0u)", found_by: Layer::Values,
     },
     Fault {
         what: "no barrier in a tree", kernel: "cross_entropy_mean", constants: &[],

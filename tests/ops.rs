@@ -7,6 +7,7 @@ use burn::tensor::{Device, Tensor};
 use common::twins::{self, AttentionShape, EmbeddingShape};
 use common::*;
 use gpt_wgpu::ops::attention::causal_attention;
+use gpt_wgpu::ops::block::{Parameters, attention_block, mlp_block};
 use gpt_wgpu::ops::cross_entropy::cross_entropy;
 use gpt_wgpu::ops::dropout::{Dropout, dropout};
 use gpt_wgpu::ops::embedding::embedding;
@@ -165,6 +166,67 @@ fn the_mask_of_dropout_is_equal_on_all_devices_and_keeps_the_right_share() {
     assert!((kept - count * (1.0 - p)).abs() < 4.0 * sigma, "{kept} of {count} kept");
     for other in [DROPOUT.at(1), Dropout { step: 8, ..DROPOUT }, Dropout { seed: 1, ..DROPOUT }] {
         assert_ne!(DROPOUT.factors(4, 64), other.factors(4, 64));
+    }
+}
+
+/// Half a block is one node of the graph, and gives what its operations give one by one.
+#[test]
+fn half_blocks_are_their_operations() {
+    let (batch, time, c, heads) = (2, 5, 32, 2);
+    for (name, device) in devices() {
+        for (attention, biases) in
+            [(false, [false; 3]), (false, [true; 3]), (true, [true; 3]), (true, [true, false, false])]
+        {
+            let mut random = Random(21);
+            let inner = if attention { 3 * c } else { 4 * c };
+            let outer = if attention { c } else { 4 * c };
+            let x = random.vec(batch * time * c);
+            let dy = random.vec(batch * time * c);
+            let matrices =
+                [(inner, c), (c, outer)].map(|(rows, columns)| (random.vec(rows * columns), [rows, columns]));
+            let vectors = [c, c, inner, c].map(|count| random.vec(count));
+            let run = |whole: bool| {
+                let x = leaf(&x, [batch, time, c], &device);
+                let [w_in, w_out] = matrices.each_ref().map(|(values, shape)| leaf(values, *shape, &device));
+                let [norm, b_norm, b_in, b_out] =
+                    vectors.each_ref().map(|values| leaf::<1>(values, [values.len()], &device));
+                let [with_norm, with_in, with_out] = biases;
+                let keep = |with: bool, b: &Tensor<1>| with.then(|| b.clone());
+                let (bn, bi, bo) = (keep(with_norm, &b_norm), keep(with_in, &b_in), keep(with_out, &b_out));
+                let y = if whole {
+                    let norm = (norm.clone(), bn);
+                    let parameters = Parameters { norm, inner: (w_in.clone(), bi), outer: (w_out.clone(), bo) };
+                    if attention {
+                        attention_block(x.clone(), parameters, heads, [DROPOUT.at(3), DROPOUT.at(4)])
+                    } else {
+                        mlp_block(x.clone(), parameters, Gelu::Erf, DROPOUT.at(4))
+                    }
+                } else {
+                    let normed = layer_norm(x.clone(), norm.clone(), bn);
+                    let hidden = if attention {
+                        causal_attention(linear(normed, w_in.clone(), bi), heads, DROPOUT.at(3))
+                    } else {
+                        linear_gelu(normed, w_in.clone(), bi, Gelu::Erf)
+                    };
+                    linear_residual(hidden, w_out.clone(), bo, x.clone(), DROPOUT.at(4))
+                };
+                let value = values(y.clone().inner());
+                let grads = backward(y, &dy, &device);
+                let mut found = vec![value, values(x.grad(&grads).unwrap())];
+                found.extend([&w_in, &w_out].map(|w| values(w.grad(&grads).unwrap())));
+                let vectors = [(true, &norm), (with_norm, &b_norm), (with_in, &b_in), (with_out, &b_out)];
+                found.extend(
+                    vectors.into_iter().filter(|(with, _)| *with).map(|(_, v)| values(v.grad(&grads).unwrap())),
+                );
+                found
+            };
+            let (whole, apart) = (run(true), run(false));
+            assert_eq!(whole.len(), apart.len());
+            for (i, (whole, apart)) in whole.iter().zip(&apart).enumerate() {
+                let what = format!("{name}, attention {attention}, biases {biases:?}, result {i}");
+                assert_close(&what, whole, apart, TOLERANCE);
+            }
+        }
     }
 }
 

@@ -12,10 +12,11 @@ pub fn cases() -> Vec<Case> {
     for f16 in [false, true] {
         for columns in WIDTHS {
             cases.extend([false, true].map(|bias| forward(3, columns, bias, f16)));
-            cases.push(backward(7, columns, 3, f16));
+            cases.extend([false, true].map(|past| backward(7, columns, 3, f16, past)));
         }
         // One row, and more than the groups of a folded grid take in one step
-        cases.extend([forward(1, 67, true, f16), backward(1, 67, 1, f16), backward(8, 384, 1, f16)]);
+        cases.push(forward(1, 67, true, f16));
+        cases.extend([backward(1, 67, 1, f16, true), backward(8, 384, 1, f16, false)]);
     }
     cases.extend([(1, 67), (70, 67), (33, 36)].map(|(rows, columns)| sums(rows, columns)));
     cases
@@ -51,14 +52,18 @@ fn forward(rows: usize, columns: usize, bias: bool, f16: bool) -> Case {
     }
 }
 
-/// `groups` workgroups walk over the rows in steps of the whole grid.
-fn backward(rows: usize, columns: usize, groups: usize, f16: bool) -> Case {
+/// `groups` workgroups walk over the rows in steps of the whole grid; `has_past`: whether something is added to dx.
+fn backward(rows: usize, columns: usize, groups: usize, f16: bool, has_past: bool) -> Case {
     let [x, w, _] = inputs(rows, columns, f16);
     let (elem, tolerance) = Elem::activation(f16, 1e-5);
     let dy = Random(17).of(f16, rows * columns);
     let (_, mean, rstd) = twins::layer_norm(&x, &w, None, columns);
-    let [dx, _, _] = twins::layer_norm_backward(&dy, &x, &w, columns);
-    let (kernel, group_rows) = backward_kernel(columns, f16);
+    let [mut dx, _, _] = twins::layer_norm_backward(&dy, &x, &w, columns);
+    let past = if has_past { Random(23).of(f16, rows * columns) } else { dy.clone() };
+    if has_past {
+        dx.iter_mut().zip(&past).for_each(|(dx, past)| *dx += past);
+    }
+    let (kernel, group_rows) = backward_kernel(columns, f16, has_past);
     // Each group's sums are those of the rows that it walks over.
     let mut partials = Vec::new();
     for group in 0..groups {
@@ -71,7 +76,7 @@ fn backward(rows: usize, columns: usize, groups: usize, f16: bool) -> Case {
     }
     Case {
         kernel,
-        what: format!("({rows}, {columns}), {groups} groups"),
+        what: format!("({rows}, {columns}), {groups} groups, past: {has_past}"),
         grid: (groups as u32, 1, 1),
         buffers: vec![
             Buffer::input("dy", elem, &dy),
@@ -79,6 +84,7 @@ fn backward(rows: usize, columns: usize, groups: usize, f16: bool) -> Case {
             Buffer::input("w", Elem::F32, &w),
             Buffer::input("mean", Elem::F32, &mean),
             Buffer::input("rstd", Elem::F32, &rstd),
+            Buffer::input("past", elem, &past),
             Buffer::output("dx", elem, dx, tolerance),
             Buffer::output("partials", Elem::F32, partials, 1e-5),
         ],

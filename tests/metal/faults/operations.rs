@@ -21,6 +21,8 @@ const SCALED: &str = "const A_SCALED: bool = true;";
 const GRADIENT: &str = "const GRADIENT: bool = true;";
 const SIXTEEN_ROWS: &str = "const ROWS: u32 = 16u;";
 const LANES67: &str = "const LANES: u32 = 67u;";
+const PAST: &str = "const PAST: bool = true;";
+const RESIDUAL_SINGLES: &str = "// residual, singles, bias: true";
 
 #[rustfmt::skip] // a table
 pub const FAULTS: &[Fault] = &[
@@ -123,6 +125,14 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         what: "one row more than there are", kernel: "layer_norm_forward", constants: &[LANES67],
         from: "if (row >= params.rows)", to: "if (row > params.rows)", found_by: Layer::Race,
+    },
+    Fault {
+        what: "what comes past the norm, of the row's first lane", kernel: "layer_norm_backward", constants: &[LANES67, PAST],
+        from: "value += lanes(past[first + lane]);", to: "value += lanes(past[first]);", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a residual of the tiles before", kernel: "linear_coop", constants: &[RESIDUAL_SINGLES],
+        from: "others[j * LANE_QUADS / SCRATCH_TILES + q],", to: "others[q],", found_by: Layer::Values,
     },
     Fault {
         what: "sums overwritten while they are read", kernel: "layer_norm_backward", constants: &[LANES67],

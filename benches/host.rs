@@ -83,7 +83,8 @@ fn noop() -> Result<Device> {
         bail!("Burn took the no-op device for something else");
     };
     let matrices = vec![(16, true)];
-    let capabilities = Capabilities { subgroup_size: Some(SUBGROUP_SIZE), matrices, f16: true, int64: true };
+    let capabilities =
+        Capabilities { subgroup_size: Some(SUBGROUP_SIZE), matrices, f16: true, int64: true, largest_buffer: 0 };
     kernel::register(cube.clone(), capabilities, f64::INFINITY);
     Ok(device)
 }

@@ -230,7 +230,7 @@ fn report(api: Api, index: usize, adapter: &wgpu::Adapter) -> AdapterReport {
 /// What of an adapter decides which kernels it can run.
 fn capabilities(adapter: &wgpu::Adapter) -> Capabilities {
     use wgpu::CooperativeScalarType::{F16, F32};
-    let info = adapter.get_info();
+    let (info, limits) = (adapter.get_info(), adapter.limits());
     // Metal reports a range, yet every Apple GPU has 32 (gpuweb#3950).
     let apple = info.backend == wgpu::Backend::Metal;
     let exact = apple || info.subgroup_min_size == info.subgroup_max_size;
@@ -247,6 +247,7 @@ fn capabilities(adapter: &wgpu::Adapter) -> Capabilities {
         matrices,
         f16: adapter.features().contains(wgpu::Features::SHADER_F16),
         int64: adapter.features().contains(wgpu::Features::SHADER_INT64),
+        largest_buffer: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
     }
 }
 

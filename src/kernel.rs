@@ -160,6 +160,15 @@ pub struct Capabilities {
     pub f16: bool,
     /// Whether shaders have 64-bit integers.
     pub int64: bool,
+    /// Bytes of the largest buffer that can be bound; 0: not known, and then 128 MiB, what every device of WebGPU's has.
+    pub largest_buffer: u64,
+}
+
+impl Capabilities {
+    /// Bytes of the largest buffer that can be bound.
+    pub fn largest_buffer(&self) -> u64 {
+        if self.largest_buffer == 0 { 128 << 20 } else { self.largest_buffer }
+    }
 }
 
 /// Which kernels the user wants.
@@ -285,6 +294,11 @@ pub fn register(device: CubeDevice, capabilities: Capabilities, submit_limit: f6
 /// The capabilities of a tensor's device; nothing special where it was opened by other means than [`crate::device`].
 pub fn capabilities(tensor: &CubeTensor) -> Capabilities {
     with_capabilities(tensor, Capabilities::clone)
+}
+
+/// Bytes of the largest buffer that can be bound on a tensor's device.
+pub fn largest_buffer(tensor: &CubeTensor) -> u64 {
+    with_capabilities(tensor, Capabilities::largest_buffer)
 }
 
 /// What `look` sees in the capabilities of a tensor's device, without a copy of them.

@@ -104,7 +104,7 @@ fn no_configuration_needs_a_buffer_beyond_two_gib() {
 fn no_single_launch_of_a_configuration_is_more_than_a_small_gpu_may_be_given() {
     for (name, config, gpt) in configurations() {
         let rows = config.data.batch_size * gpt.block_size;
-        let chunk = rows.min(chunk_rows(gpt.vocab_size, true, false));
+        let chunk = rows.min(chunk_rows(gpt.vocab_size, true, false, u64::MAX));
         let layer = 2 * rows * 4 * gpt.n_embd * gpt.n_embd;
         let head = 2 * chunk * gpt.vocab_size * gpt.n_embd;
         let attention = 5 * rows * gpt.block_size * gpt.n_embd / 2;

@@ -320,7 +320,8 @@ impl Replayer<'_> {
         let dw = self.take(Use::Gradients, "the embedding's gradient", vocab * c * F32);
         let losses = self.take(Use::Workspace, "the losses", rows * F32);
         let stride = logits_stride(vocab as usize, self.shape.f16) as u64;
-        let chunk = (chunk_rows(vocab as usize, self.shape.f16, self.is_composed()) as u64).min(rows);
+        let chunk = (chunk_rows(vocab as usize, self.shape.f16, self.is_composed(), self.shape.largest_buffer) as u64)
+            .min(rows);
         let logits = self.take(Use::Workspace, "the logits of a chunk", chunk * stride * self.element());
         for start in (0..rows).step_by(chunk as usize) {
             let here = chunk.min(rows - start);

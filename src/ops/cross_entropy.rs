@@ -134,7 +134,7 @@ impl<B: Backend> Targets<B> {
 
 /// The ranges of rows whose logits exist together.
 fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let chunk = chunk_rows(vocab, false, true);
+    let chunk = chunk_rows(vocab, false, true, u64::MAX);
     (0..rows).step_by(chunk).map(move |start| start..(start + chunk).min(rows))
 }
 
@@ -195,13 +195,14 @@ pub fn logits_stride(vocab: usize, f16: bool) -> usize {
     vocab.next_multiple_of(if f16 { 8 } else { 4 })
 }
 
-/// Rows whose logits, in f16 (or f32), exist together, at most.
-pub fn chunk_rows(vocab: usize, f16: bool, composed: bool) -> usize {
+/// Rows whose logits, in f16 (or f32), exist together in a buffer of `largest_buffer` bytes, at most.
+pub fn chunk_rows(vocab: usize, f16: bool, composed: bool, largest_buffer: u64) -> usize {
     if composed {
         return (CHUNK_ELEMENTS / vocab.max(1)).max(1);
     }
+    let bytes = GPU_CHUNK_BYTES.min(largest_buffer as usize);
     let row_bytes = logits_stride(vocab, f16) * if f16 { 2 } else { 4 };
-    (GPU_CHUNK_BYTES / row_bytes.max(1) / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT)
+    (bytes / row_bytes.max(1) / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT)
 }
 
 /// A chunk begins where a binding may begin: at a multiple of 256 bytes.
@@ -264,7 +265,7 @@ fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor,
         None => (&losses, false, 1),
     };
     count_kernel().launch((1, 1, 1), &[targets, scale, &count], &[rows as u32, u32::from(is_scaled), parts as u32]);
-    let chunk = chunk_rows(vocab, f16, false).min(rows);
+    let chunk = chunk_rows(vocab, f16, false, kernel::largest_buffer(x)).min(rows);
     let logits = kernel::empty(x, Shape::new([chunk, stride]));
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);

@@ -24,7 +24,13 @@ use lower::Shader;
 
 /// What wgpu reports of every Apple GPU since the M1 (wgpu-hal's metal/adapter.rs); others can do less.
 pub fn apple() -> Capabilities {
-    Capabilities { subgroup_size: Some(32), matrices: vec![(8, true), (8, false)], f16: true, int64: true }
+    Capabilities {
+        subgroup_size: Some(32),
+        matrices: vec![(8, true), (8, false)],
+        f16: true,
+        int64: true,
+        largest_buffer: 0,
+    }
 }
 
 /// Every kernel that an Apple GPU can be given, by label.

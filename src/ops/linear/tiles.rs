@@ -300,6 +300,7 @@ mod tests {
             matrices: matrices.to_vec(),
             f16: true,
             int64: false,
+            largest_buffer: 0,
         };
         for (device, limit) in [(device(&[(8, true), (8, false)]), 32 << 10), (device(&[(16, true)]), 48 << 10)] {
             for kernel in kernels(&device) {

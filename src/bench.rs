@@ -90,9 +90,13 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     let energy = meter.stop(bench.iters, config.tokens_per_iter());
     let mean = |sum| f64::from(sum) / config.data.gradient_accumulation_steps as f64;
     let losses: Vec<f64> = read(Tensor::cat(losses, 0))?.into_iter().map(mean).collect();
-    if let Some(bad) = losses.iter().find(|loss| !loss.is_finite()) {
+    let last = optimizer.last_step()?;
+    let bad_loss = losses.iter().find(|loss| !loss.is_finite()).map(|&loss| ("a loss", loss));
+    // A step whose gradients are not finite makes no update, and is none whose time counts.
+    let bad_norm = Some(("the last gradient norm", last.grad_norm)).filter(|(_, norm)| !norm.is_finite());
+    if let Some((what, bad)) = bad_loss.or(bad_norm) {
         bail!(
-            "a loss is {bad}, so the times mean nothing; `gpt-wgpu doctor --device {}` looks for what is wrong",
+            "{what} is {bad}, so the times mean nothing; `gpt-wgpu doctor --device {}` looks for what is wrong",
             chosen.backend
         );
     }

@@ -13,10 +13,10 @@ use burn::backend::{
         ops::{Backward, Ops, OpsKind},
     },
     backend_extension,
-    ops::ActivationOps,
+    ops::{ActivationOps, FloatTensorOps},
     tensor::FloatTensor,
 };
-use burn::tensor::{DType, Shape, Tensor};
+use burn::tensor::{DType, FloatDType, Shape, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use serde::{Deserialize, Serialize};
 
@@ -332,7 +332,10 @@ impl LinearOps for CubeBackend {
     fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
         let elements = h.meta.shape().num_elements();
         if kernel::variant(&dy).is_none() || !elements.is_multiple_of(4) {
-            return composed_gelu_dh::<Self>(dy, h, gelu);
+            // In f32: the square of h leaves f16 from 256 on.
+            let dtype = dy.dtype.into();
+            let [dy, h] = [dy, h].map(|tensor| Self::float_cast(tensor, FloatDType::F32));
+            return Self::float_cast(composed_gelu_dh::<Self>(dy, h, gelu), dtype);
         }
         let (dy, h) = (into_contiguous(dy), into_contiguous(h));
         let dh = kernel::empty_like(&h);

@@ -186,7 +186,8 @@ fn products(bench: &Bench) -> (Dtype, Option<String>) {
 
 fn kernels(bench: &Bench) -> String {
     match bench.chosen.adapter {
-        Some(_) => kernel::describe(&bench.chosen.capabilities, bench.f16),
+        Some(_) if bench.f16 => format!("{}, f16 activations", kernel::describe(&bench.chosen.capabilities, true)),
+        Some(_) => kernel::describe(&bench.chosen.capabilities, false),
         None => "Burn's Flex backend".into(),
     }
 }

@@ -1,7 +1,7 @@
 //! How much device memory a run needs, before it asks for any: pure functions of the run's shape.
 //!
-//! [`estimate`] replays the allocations of a few training steps (memory/step.rs) over a model of the pool that serves them
-//! (memory/pool.rs). [`plan`] sets the outcome against what the device has.
+//! `estimate` replays the allocations of a few training steps (memory/step.rs) over a model of the pool that serves them
+//! (memory/pool.rs). `plan` sets the outcome against what the device has.
 
 pub mod plan;
 mod pool;

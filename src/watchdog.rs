@@ -13,7 +13,7 @@ use anyhow::{Result, anyhow};
 
 use crate::failure;
 
-/// Changes [`LIMIT`]: seconds; 0 switches the watchdog off.
+/// Changes the limit: seconds; 0 switches the watchdog off.
 pub const VARIABLE: &str = "GPT_WGPU_WATCHDOG_S";
 
 /// How long what is submitted may take.

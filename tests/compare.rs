@@ -96,8 +96,8 @@ fn every_fixture_survives_a_round_trip() {
 fn the_readmes_tables_are_made_from_the_reports_beside_it() {
     let tables: [(&str, &[&str]); 3] = [
         ("peers-2cores", &["gpt-wgpu-cpu", "pytorch-cpu", "mlx-cpu", "gpt-wgpu-lavapipe"]),
-        ("h200", &["char-coop", "char-scalar", "char-pt-fp32", "char-pt-tf32", "char-pt-bf16"]),
-        ("h200", &["gpt2-coop", "gpt2-scalar", "gpt2-pt-fp32", "gpt2-pt-tf32", "gpt2-pt-bf16"]),
+        ("h200", &["char-f16", "char-coop", "char-scalar", "char-pt-fp32", "char-pt-tf32", "char-pt-bf16"]),
+        ("h200", &["gpt2-f16", "gpt2-coop", "gpt2-scalar", "gpt2-pt-fp32", "gpt2-pt-tf32", "gpt2-pt-bf16"]),
     ];
     for (folder, names) in tables {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/measurements").join(folder);

@@ -275,8 +275,8 @@ impl Parameters {
     }
 }
 
-/// x + dropouts[1](attention(norm(x))), with dropouts[0] on the probabilities: x (B, T, C) -> (B, T, C). Weights are f32 and are
-/// multiplied in x's type.
+/// x + dropout(attention(norm(x))), its dropout the second, the first on the probabilities: x (B, T, C) -> (B, T, C). Weights are
+/// f32 and are multiplied in x's type.
 pub fn attention_block(x: Tensor<3>, parameters: Parameters, n_head: usize, dropouts: [Dropout; 2]) -> Tensor<3> {
     let Parameters { norm, inner, outer } = parameters.complete();
     Tensor::from_dispatch(<Dispatch as BlockOps>::attention_block(

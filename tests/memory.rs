@@ -50,7 +50,7 @@ fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-/// docs/measurements/h200: f32, Vulkan.
+/// docs/measurements/h200: f32 and f16, Vulkan.
 #[test]
 fn the_yardsticks_measurements_on_an_h200_are_met() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/measurements/h200");
@@ -59,11 +59,11 @@ fn the_yardsticks_measurements_on_an_h200_are_met() {
         let report: serde_json::Value = serde_json::from_str(&text).unwrap();
         report["peak_memory_bytes"].as_u64().unwrap()
     };
-    for kernels in ["coop", "scalar"] {
-        let variant = if kernels == "coop" { Variant::Coop { edge: 16, f16: true } } else { Variant::Scalar };
+    for kernels in ["coop", "scalar", "f16"] {
+        let variant = if kernels == "scalar" { Variant::Scalar } else { Variant::Coop { edge: 16, f16: true } };
         for (name, shape) in [("char", shape(CHAR, 64, true)), ("gpt2", shape(GPT2, 8, false))] {
             let name = format!("{name}-{kernels}.json");
-            let shape = Shape { variant: Some(variant), ..shape };
+            let shape = Shape { variant: Some(variant), f16: kernels == "f16", ..shape };
             assert_near(&name, estimate(&shape).total(), measured(&name));
         }
     }

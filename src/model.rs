@@ -262,9 +262,7 @@ impl Gpt {
         let x = self.ln_f.forward(x);
         let head = weight_for(&self.wte.weight, &x);
         match scale {
-            Some(Scale { factor, parts }) => {
-                cross_entropy_scaled(x, head, targets, Some(Tensor::from_inner(factor)), parts)
-            }
+            Some(Scale(factor)) => cross_entropy_scaled(x, head, targets, Some(Tensor::from_inner(factor))),
             None => cross_entropy(x, head, targets),
         }
     }
@@ -298,14 +296,9 @@ impl Gpt {
     }
 }
 
-/// What the gradients of a micro-batch's loss are multiplied and divided by; the loss itself is not.
+/// What the gradients of a micro-batch's loss are multiplied by, its first element; the loss itself is not. Without autodiff.
 #[derive(Clone, Debug)]
-pub struct Scale {
-    /// Its first element multiplies: the loss scale, without autodiff.
-    pub factor: Tensor<1>,
-    /// Micro-batches of the step: divides.
-    pub parts: usize,
-}
+pub struct Scale(pub Tensor<1>);
 
 /// Dropouts in a block: attention probabilities and the two residual branches.
 const SITES_PER_BLOCK: u32 = 3;

@@ -225,8 +225,8 @@ impl Step<'_> {
             let (tokens, targets) = (self.batch)(*position)?;
             let dropout = Dropout { probability, seed, step: *position as u32, site: 0 };
             *position += 1;
-            // The gradients come multiplied by the loss scale and divided by the number of micro-batches.
-            let scale = Scale { factor: optimizer.memory.clone(), parts };
+            // The gradients come multiplied by the loss scale, and are a sum over micro-batches: the verdict divides.
+            let scale = Scale(optimizer.memory.clone());
             let recompute = self.config.train.recompute;
             let loss = recompute::gradients(&model, tokens, targets, dropout, scale, recompute, &mut gradients)?;
             loss_sum = Some(match loss_sum {

@@ -206,10 +206,7 @@ fn an_unknown_budget_refuses_only_what_no_buffer_holds() {
     assert_eq!(Plan::new(&config, &GPT2, unknown.clone(), false).refusal(), None);
     let small = Budget { largest_buffer: 128 << 20, ..unknown };
     let refusal = Plan::new(&config, &GPT2, small, false).refusal().unwrap();
-    assert!(
-        refusal.contains("a buffer of 147.4 MiB (a weight)") && refusal.contains("128.0 MiB"),
-        "{refusal}"
-    );
+    assert!(refusal.contains("a buffer of 147.4 MiB (a weight)") && refusal.contains("128.0 MiB"), "{refusal}");
 }
 
 #[test]

@@ -121,7 +121,7 @@ fn gradients_are_summed_in_place() {
         let mut places = |position| -> Vec<_> {
             let (tokens, targets) = batch(&config, position, &device);
             let dropout = Dropout { probability: 0.1, seed: 1, step: position as u32, site: 0 };
-            let scale = Scale { factor: Optimizer::new(false, &inner).memory, parts: 2 };
+            let scale = Scale(Optimizer::new(false, &inner).memory);
             recompute::gradients(&model, tokens, targets, dropout, scale, recompute, &mut sum).unwrap();
             let place = |name: &String| primitive(sum.get(name).unwrap().clone()).handle.binding().memory.id();
             names.0.iter().map(place).collect()

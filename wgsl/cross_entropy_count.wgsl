@@ -1,4 +1,4 @@
-// count: how many targets are not ignored, at least 1, and what each of them weighs in the gradients, scale / (count * parts).
+// count: how many targets are not ignored, at least 1, and what each of them weighs in the gradients, scale / count.
 // One workgroup in all: a fixed order of sums.
 //
 // Workgroup: 256. Grid: 1.
@@ -7,8 +7,8 @@
 struct Params {
     rows: u32,
     is_scaled: u32, // 0: scale is not read, and counts 1
-    parts: u32,     // micro-batches of a step
-    pad: u32,
+    pad_0: u32,
+    pad_1: u32,
 }
 
 const THREADS: u32 = 256u;
@@ -40,6 +40,6 @@ fn main(@builtin(local_invocation_index) thread: u32) {
         if (params.is_scaled != 0u) {
             factor = scale[0];
         }
-        count[1] = factor / (counted * f32(params.parts));
+        count[1] = factor / counted;
     }
 }

@@ -16,7 +16,7 @@ struct Params {
     log_beta2: f32,
     dynamic_scale: u32,
     sigma: f32,        // 0: no outlier
-    parts: f32,        // micro-batches
+    parts: f32,        // micro-batches that loss and gradients are sums over
 }
 
 @group(0) @binding(0) var<storage, read_write> square_sums: array<f32>;
@@ -97,7 +97,8 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     workgroupBarrier();
 
     let scale = memory[LOSS_SCALE];
-    let norm = sqrt(sums[0]) / scale;
+    let divisor = scale * params.parts; // of the mean over the micro-batches, as the loss
+    let norm = sqrt(sums[0]) / divisor;
     let loss = loss_sum[0] / params.parts;
     let finite = is_finite(bitcast<u32>(sums[0])) && is_finite(bitcast<u32>(loss_sum[0]));
     let next = u32(memory[NEXT]);
@@ -148,7 +149,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     }
     let t = max(updates, 1.0); // no update is made before the first: then t only has to give finite numbers
     let clip = select(1.0, min(1.0, params.limit / (norm + 1e-6)), params.limit > 0.0);
-    verdict[0] = clip / scale;
+    verdict[0] = clip / divisor;
     verdict[1] = select(0.0, 1.0, applied);
     verdict[2] = params.lr / one_minus_exp(t * params.log_beta1);
     verdict[3] = 1.0 / sqrt(one_minus_exp(t * params.log_beta2));

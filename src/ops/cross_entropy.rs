@@ -34,13 +34,12 @@ const CHUNK_ELEMENTS: usize = 16 << 20;
 pub trait CrossEntropyOps: Backend {
     /// x (..., C), w (V, C), targets (rows) in 0..V or [`IGNORED`], scale (at least 1 element) -> loss (1) f32.
     ///
-    /// The gradients, not the loss, are multiplied by scale's first element and divided by `parts`.
+    /// The gradients, not the loss, are multiplied by scale's first element.
     fn cross_entropy(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
         #[extension_type] _scale: Optional<Self>,
-        _parts: usize,
     ) -> FloatTensor<Self> {
         composed_loss::<Self>(x, w, targets)
     }
@@ -51,9 +50,8 @@ pub trait CrossEntropyOps: Backend {
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
         #[extension_type] scale: Optional<Self>,
-        parts: usize,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        composed_gradients::<Self>(x, w, targets, scale, parts)
+        composed_gradients::<Self>(x, w, targets, scale)
     }
 }
 
@@ -71,12 +69,11 @@ fn composed_gradients<B: Backend>(
     w: FloatTensor<B>,
     targets: IntTensor<B>,
     scale: Optional<B>,
-    parts: usize,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let shape = x.shape();
     let x = flatten::<B>(x);
     let batch = Targets::<B>::new(targets, &x);
-    let weight = B::float_recip(B::float_mul_scalar(batch.count.clone(), (parts as f64).into()));
+    let weight = B::float_recip(batch.count.clone());
     let weight = match scale {
         Optional::Present(scale) => {
             let first = B::float_slice(scale, &[Slice::from(0..1)]);
@@ -242,12 +239,11 @@ fn rows_of(matrix: &CubeTensor, columns: usize, rows: &Range<usize>) -> CubeTens
     CubeTensor::new_contiguous(matrix.client.clone(), matrix.device.clone(), shape, handle, matrix.dtype)
 }
 
-/// Where the gradients of a loss go, dx (..., C) and dw (V, C), and what they are multiplied and divided by.
+/// Where the gradients of a loss go, dx (..., C) and dw (V, C), and what they are multiplied by.
 struct Wanted<'a> {
     dx: &'a CubeTensor,
     dw: &'a CubeTensor,
     scale: Optional<CubeBackend>,
-    parts: usize,
 }
 
 /// loss (1) for x (..., C), with its gradients where they are wanted.
@@ -259,12 +255,11 @@ fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor,
     let f32s = |shape: Shape| kernel::empty_of(x, shape, DType::F32);
     let (count, losses, loss) = (f32s(Shape::new([2])), f32s(Shape::new([rows])), f32s(Shape::new([1])));
     // What is bound where there is no scale only has to be a buffer: `count` itself would be bound twice.
-    let (scale, is_scaled, parts) = match &wanted {
-        Some(Wanted { scale: Optional::Present(scale), parts, .. }) => (scale, true, *parts),
-        Some(Wanted { parts, .. }) => (&losses, false, *parts),
-        None => (&losses, false, 1),
+    let (scale, is_scaled) = match &wanted {
+        Some(Wanted { scale: Optional::Present(scale), .. }) => (scale, true),
+        _ => (&losses, false),
     };
-    count_kernel().launch((1, 1, 1), &[targets, scale, &count], &[rows as u32, u32::from(is_scaled), parts as u32]);
+    count_kernel().launch((1, 1, 1), &[targets, scale, &count], &[rows as u32, u32::from(is_scaled)]);
     let chunk = chunk_rows(vocab, f16, false, kernel::largest_buffer(x)).min(rows);
     let logits = kernel::empty(x, Shape::new([chunk, stride]));
     for start in (0..rows).step_by(chunk) {
@@ -301,7 +296,6 @@ impl CrossEntropyOps for CubeBackend {
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
         _scale: Optional<Self>,
-        _parts: usize,
     ) -> FloatTensor<Self> {
         let Some(variant) = variant(&x) else {
             return composed_loss::<Self>(x, w, targets);
@@ -314,14 +308,13 @@ impl CrossEntropyOps for CubeBackend {
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
         scale: Optional<Self>,
-        parts: usize,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let Some(variant) = variant(&x) else {
-            return composed_gradients::<Self>(x, w, targets, scale, parts);
+            return composed_gradients::<Self>(x, w, targets, scale);
         };
         let (x, w) = (into_contiguous(x), into_contiguous(w));
         let (dx, dw) = (kernel::empty_like(&x), kernel::empty_of(&x, w.meta.shape().clone(), DType::F32));
-        let wanted = Wanted { dx: &dx, dw: &dw, scale, parts };
+        let wanted = Wanted { dx: &dx, dw: &dw, scale };
         let loss = fused(variant, &x, &w, &into_contiguous(targets), Some(wanted));
         (loss, dx, dw)
     }
@@ -352,7 +345,6 @@ impl<B: CrossEntropyOps, C: CheckpointStrategy> CrossEntropyOps for Autodiff<B, 
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
         scale: Optional<Self>,
-        parts: usize,
     ) -> FloatTensor<Self> {
         let parents = [x.node(), w.node()];
         let prepared = CrossEntropyBackward.prepare::<C>(parents).compute_bound().stateful();
@@ -360,33 +352,31 @@ impl<B: CrossEntropyOps, C: CheckpointStrategy> CrossEntropyOps for Autodiff<B, 
         let w = <Self as AutodiffBackend>::inner(w);
         match prepared {
             OpsKind::Tracked(prepared) => {
-                let (loss, dx, dw) = B::cross_entropy_gradients(x, w, targets, scale.inner(), parts);
+                let (loss, dx, dw) = B::cross_entropy_gradients(x, w, targets, scale.inner());
                 prepared.finish([dx, dw], loss)
             }
-            OpsKind::UnTracked(prepared) => prepared.finish(B::cross_entropy(x, w, targets, Optional::Absent, parts)),
+            OpsKind::UnTracked(prepared) => prepared.finish(B::cross_entropy(x, w, targets, Optional::Absent)),
         }
     }
 }
 
 /// Mean cross-entropy of the logits x wᵀ: x (B, T, C), w (V, C), targets (B, T) in 0..V or [`IGNORED`] -> (1), in nats.
 pub fn cross_entropy(x: Tensor<3>, w: Tensor<2>, targets: Tensor<2, Int>) -> Tensor<1> {
-    cross_entropy_scaled(x, w, targets, None, 1)
+    cross_entropy_scaled(x, w, targets, None)
 }
 
-/// As [`cross_entropy`]; its gradients are multiplied by the first element of `scale` (a loss scale) and divided by `parts`
-/// (the micro-batches of a step). They are so before they are rounded to x's type, which a factor on the loss is not.
+/// As [`cross_entropy`]; its gradients are multiplied by the first element of `scale`, a loss scale, before they are rounded to x's
+/// type, which a factor on the loss would not do.
 pub fn cross_entropy_scaled(
     x: Tensor<3>,
     w: Tensor<2>,
     targets: Tensor<2, Int>,
     scale: Option<Tensor<1>>,
-    parts: usize,
 ) -> Tensor<1> {
     Tensor::from_dispatch(<Dispatch as CrossEntropyOps>::cross_entropy(
         x.into_dispatch(),
         w.into_dispatch(),
         targets.into_dispatch(),
         Optional::of(scale),
-        parts,
     ))
 }

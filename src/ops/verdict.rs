@@ -69,7 +69,7 @@ pub struct Rules {
     pub dynamic_scale: bool,
     /// Standard deviations over the window's mean from which on a step is skipped; 0: never.
     pub skip_spike_sigma: f64,
-    /// Micro-batches that the loss is a sum over.
+    /// Micro-batches that loss and gradients are sums over.
     pub parts: usize,
 }
 
@@ -112,7 +112,9 @@ fn deviations(newest: f32, window: &[f32]) -> f32 {
 /// The definition: of Σ g² of the scaled gradients and the sum of the micro-batches' losses a verdict, and the state after it.
 pub fn judge(square_sum: f32, loss: f32, memory: &mut [f32], rules: &Rules) -> [f32; VERDICT] {
     let scale = memory[state::LOSS_SCALE];
-    let norm = square_sum.sqrt() / scale;
+    // Of the mean over the micro-batches, as the loss: in f32 here, since f16 has no room for a division more.
+    let divisor = scale * rules.parts as f32;
+    let norm = square_sum.sqrt() / divisor;
     // Of what comes in, not of what is made of it: Metal's compiler may assume that arithmetic gives finite numbers.
     let finite = square_sum.is_finite() && loss.is_finite();
     let loss = loss / rules.parts as f32;
@@ -151,7 +153,7 @@ pub fn judge(square_sum: f32, loss: f32, memory: &mut [f32], rules: &Rules) -> [
     let clip = if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 };
     let [beta1, beta2] = [rules.beta1, rules.beta2].map(|beta| beta.ln() as f32);
     [
-        clip / scale,
+        clip / divisor,
         f32::from(applied),
         rules.lr as f32 / one_minus_exp(t * beta1),
         one_minus_exp(t * beta2).sqrt().recip(),
@@ -277,9 +279,10 @@ mod tests {
     #[test]
     fn the_gradient_is_unscaled_and_clipped_and_the_bias_corrected() {
         let mut memory = first_state(1024.0, 4);
-        let verdict = judge((3.0f32 * 1024.0).powi(2), 8.0, &mut memory, &Rules { parts: 4, ..RULES });
+        let verdict = judge((4.0 * 3.0f32 * 1024.0).powi(2), 8.0, &mut memory, &Rules { parts: 4, ..RULES });
         assert_eq!((memory[state::LOSS], memory[state::NORM], memory[state::UPDATES]), (2.0, 3.0, 5.0));
-        let want = [1.0 / 3.0 / 1024.0, 1.0, 1e-3 / (1.0 - 0.9f64.powi(5)), (1.0 - 0.95f64.powi(5)).sqrt().recip()];
+        let want =
+            [1.0 / 3.0 / 1024.0 / 4.0, 1.0, 1e-3 / (1.0 - 0.9f64.powi(5)), (1.0 - 0.95f64.powi(5)).sqrt().recip()];
         for (got, want) in verdict.iter().zip(want) {
             assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{verdict:?}");
         }

@@ -293,12 +293,12 @@ pub const FAULTS: &[Fault] = &[
         from: "max(sums[0], 1u)", to: "sums[0]", found_by: Layer::Values,
     },
     Fault {
-        what: "one micro-batch where there are more", kernel: "cross_entropy_count", constants: &[],
-        from: "(counted * f32(params.parts))", to: "counted", found_by: Layer::Values,
+        what: "one micro-batch where there are more", kernel: "verdict", constants: &[],
+        from: "verdict[0] = clip / divisor;", to: "verdict[0] = clip / scale;", found_by: Layer::Values,
     },
     Fault {
         what: "a loss scale where there is none", kernel: "cross_entropy_count", constants: &[],
-        from: "if (params.is_scaled != 0u)", to: "if (params.parts != 0u)", found_by: Layer::Values,
+        from: "if (params.is_scaled != 0u)", to: "if (params.rows != 0u)", found_by: Layer::Values,
     },
     Fault {
         what: "no barrier in a tree", kernel: "cross_entropy_mean", constants: &[],

@@ -4,9 +4,10 @@ use std::fmt;
 
 use crate::config::Config;
 use crate::device::Chosen;
-use crate::kernel::{self, Kernels, Variant};
+use crate::kernel::{self, Variant};
 use crate::memory::{Estimate, LARGEST_BUFFER, Shape, estimate, largest};
 use crate::model::GptConfig;
+use crate::precision::Dtype;
 use crate::recompute::Recompute;
 
 /// What a device has.
@@ -45,12 +46,13 @@ impl Budget {
             bytes,
             source,
             hint,
-            largest_buffer: chosen.adapter.as_ref().map_or(u64::MAX, |adapter| {
-                adapter.limits.max_binding.min(adapter.limits.max_buffer).min(LARGEST_BUFFER)
-            }),
+            largest_buffer: match &chosen.adapter {
+                Some(_) => chosen.capabilities.largest_buffer().min(LARGEST_BUFFER),
+                None => u64::MAX,
+            },
             pooled: chosen.adapter.is_some(),
             f16,
-            has_f16: chosen.adapter.is_some() && chosen.capabilities.f16 && kernel::choice() != Kernels::Composed,
+            has_f16: Dtype::F16.resolve(chosen, kernel::choice()).is_ok(),
             variants: [false, true]
                 .map(|f16| chosen.adapter.as_ref().and_then(|_| kernel::chosen(&chosen.capabilities, f16))),
         }

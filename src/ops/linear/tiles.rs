@@ -108,8 +108,8 @@ const MANY_GROUPS: usize = 3 * 132;
 /// The tile for a product of this shape with factors in f16 (or f32). Measured on an H200 (docs/measurements/linear-h200.md),
 /// edge 8 on nothing yet.
 pub fn choose(variant: Variant, f16: bool, m: usize, n: usize) -> Tile {
-    // Eight subgroups of 64 x 64 each: the best ratio of products to loads, which counts where they are of 16 bytes for 8 of
-    // tile. 43 KB of workgroup memory.
+    // Eight subgroups of 64 x 64 each: the best ratio of products to loads. It counts in f32, which loads twice the bytes of
+    // what it multiplies. 43 KB of workgroup memory.
     const WIDE: Tile = tile(128, 256, 32, 2, 4);
     match variant {
         // Fills Metal's 32 KiB of workgroup memory

@@ -84,12 +84,16 @@ fn main(
 
         var dnormed: array<lanes, OWN>;
         var normed: array<lanes, OWN>;
+        var added: array<stored, OWN>; // asked for together with the rest, not when the row's sums are known
         var row_sums = vec2<f32>();
         for (var i = 0u; i < OWN; i++) {
             let lane = member + i * TEAM;
             if (is_inside(lane)) {
                 let slope = lanes(dy[first + lane]);
                 normed[i] = (lanes(x[first + lane]) - lanes(mean)) * rstd;
+                if (PAST) {
+                    added[i] = past[first + lane];
+                }
                 dnormed[i] = slope * w[lane];
                 row_sums += vec2<f32>(total(dnormed[i]), total(dnormed[i] * normed[i]));
                 if (has_row) {
@@ -104,7 +108,7 @@ fn main(
             if (has_row && is_inside(lane)) {
                 var value = (dnormed[i] - lanes(means_of_row.x) - normed[i] * means_of_row.y) * rstd;
                 if (PAST) {
-                    value += lanes(past[first + lane]);
+                    value += lanes(added[i]);
                 }
                 dx[first + lane] = stored(value);
             }

@@ -6,6 +6,7 @@
 use super::Shape;
 use super::pool::{Place, Pool};
 use crate::ops::cross_entropy::{chunk_rows, logits_stride};
+use crate::ops::layer_norm::BACKWARD_GROUPS;
 use crate::ops::linear::BLOCK_ROWS;
 use crate::ops::linear::product::splits;
 use crate::recompute::Recompute;
@@ -366,7 +367,7 @@ impl Replayer<'_> {
     fn norm_backward(&mut self, dy: Buffer, x: Buffer, stats: [Buffer; 2]) -> Buffer {
         let dx = self.cotangent("x", 1);
         let weights = [(); 2].map(|()| self.take(Use::Gradients, "a norm's gradient", self.channels() * F32));
-        self.touch("the parts of a norm's gradient", 512.min(self.rows()) * 2 * self.channels() * F32);
+        self.touch("the parts of a norm's gradient", (BACKWARD_GROUPS as u64).min(self.rows()) * 2 * self.channels() * F32);
         self.give_all(stats.into_iter().chain([dy, x]));
         let [dw, db] = weights;
         self.gradients.push(dw);

@@ -152,7 +152,7 @@ pub fn kernels() -> Vec<Kernel> {
 }
 
 /// Most workgroups of the backward: enough to fill a large GPU, few enough that their partial sums are small beside x.
-const BACKWARD_GROUPS: usize = 512;
+pub const BACKWARD_GROUPS: usize = 1024;
 
 /// Queues the forward: x (..., C), w and b (C) -> y (..., C), mean and rstd (rows); all contiguous.
 ///

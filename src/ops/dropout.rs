@@ -16,7 +16,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous};
 
 use crate::kernel::lanes::Lanes;
 use crate::kernel::{Kernel, PHILOX, empty_like, fold, matrix};
-use crate::rng::philox4x32;
+use crate::rng::philox4x32_7;
 
 /// One place in the model, at one step, that drops elements.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,7 +64,7 @@ impl Dropout {
         let mut factors = Vec::with_capacity(rows * columns);
         for row in 0..rows as u32 {
             for first in (0..columns as u32).step_by(4) {
-                let words = philox4x32([first / 4, row, self.step, self.site], key);
+                let words = philox4x32_7([first / 4, row, self.step, self.site], key);
                 let width = (columns as u32 - first).min(4) as usize;
                 factors.extend(words[..width].iter().map(|&word| if word >= threshold { scale } else { 0.0 }));
             }

@@ -103,6 +103,7 @@ var<private> values: array<mat_a, ROW_BLOCKS * HEAD_SLOTS>;
 var<private> key_gradient: array<mat_c, ROW_BLOCKS * HEAD_SLOTS>;
 var<private> value_gradient: array<mat_c, ROW_BLOCKS * HEAD_SLOTS>;
 var<private> scores: array<mat_c, ROW_BLOCKS * SCORE_TILES>;
+var<private> gradients: array<mat_c, ROW_BLOCKS * SCORE_TILES>;
 var<private> weights: array<mat_a, ROW_BLOCKS * SCORE_TILES>;
 var<private> score_gradients: array<mat_a, ROW_BLOCKS * SCORE_TILES>;
 // P' between its two uses; a dropped probability carries a minus sign
@@ -336,37 +337,37 @@ fn add_gradients(group: u32) {
         {
             let place = (group * TILE_STRIDE + d * EDGE) / PACK;
             let columns = coopLoad<mat_b>(&stream_b[place], TILE_PITCH);
-            scores[0u] = coopMultiplyAdd(values[d], columns, scores[0u]);
+            gradients[0u] = coopMultiplyAdd(values[d], columns, gradients[0u]);
             if (ROW_BLOCKS > 1u) {
-                scores[LAST_BLOCK * SCORE_TILES + 0u] = coopMultiplyAdd(
-                    values[LAST_BLOCK * HEAD_SLOTS + d], columns, scores[LAST_BLOCK * SCORE_TILES + 0u]);
+                gradients[LAST_BLOCK * SCORE_TILES + 0u] = coopMultiplyAdd(
+                    values[LAST_BLOCK * HEAD_SLOTS + d], columns, gradients[LAST_BLOCK * SCORE_TILES + 0u]);
             }
         }
         if (SCORE_TILES > 1u) {
             let place = ((group + S1 * EDGE) * TILE_STRIDE + d * EDGE) / PACK;
             let columns = coopLoad<mat_b>(&stream_b[place], TILE_PITCH);
-            scores[S1] = coopMultiplyAdd(values[d], columns, scores[S1]);
+            gradients[S1] = coopMultiplyAdd(values[d], columns, gradients[S1]);
             if (ROW_BLOCKS > 1u) {
-                scores[LAST_BLOCK * SCORE_TILES + S1] = coopMultiplyAdd(
-                    values[LAST_BLOCK * HEAD_SLOTS + d], columns, scores[LAST_BLOCK * SCORE_TILES + S1]);
+                gradients[LAST_BLOCK * SCORE_TILES + S1] = coopMultiplyAdd(
+                    values[LAST_BLOCK * HEAD_SLOTS + d], columns, gradients[LAST_BLOCK * SCORE_TILES + S1]);
             }
         }
         if (SCORE_TILES > 2u) {
             let place = ((group + S2 * EDGE) * TILE_STRIDE + d * EDGE) / PACK;
             let columns = coopLoad<mat_b>(&stream_b[place], TILE_PITCH);
-            scores[S2] = coopMultiplyAdd(values[d], columns, scores[S2]);
+            gradients[S2] = coopMultiplyAdd(values[d], columns, gradients[S2]);
             if (ROW_BLOCKS > 1u) {
-                scores[LAST_BLOCK * SCORE_TILES + S2] = coopMultiplyAdd(
-                    values[LAST_BLOCK * HEAD_SLOTS + d], columns, scores[LAST_BLOCK * SCORE_TILES + S2]);
+                gradients[LAST_BLOCK * SCORE_TILES + S2] = coopMultiplyAdd(
+                    values[LAST_BLOCK * HEAD_SLOTS + d], columns, gradients[LAST_BLOCK * SCORE_TILES + S2]);
             }
         }
         if (SCORE_TILES > 3u) {
             let place = ((group + S3 * EDGE) * TILE_STRIDE + d * EDGE) / PACK;
             let columns = coopLoad<mat_b>(&stream_b[place], TILE_PITCH);
-            scores[S3] = coopMultiplyAdd(values[d], columns, scores[S3]);
+            gradients[S3] = coopMultiplyAdd(values[d], columns, gradients[S3]);
             if (ROW_BLOCKS > 1u) {
-                scores[LAST_BLOCK * SCORE_TILES + S3] = coopMultiplyAdd(
-                    values[LAST_BLOCK * HEAD_SLOTS + d], columns, scores[LAST_BLOCK * SCORE_TILES + S3]);
+                gradients[LAST_BLOCK * SCORE_TILES + S3] = coopMultiplyAdd(
+                    values[LAST_BLOCK * HEAD_SLOTS + d], columns, gradients[LAST_BLOCK * SCORE_TILES + S3]);
             }
         }
     }
@@ -517,7 +518,7 @@ fn gradient_block(block: u32, group: u32) {
     for (var j = 0u; j < SCORE_TILES; j++) {
         let place = (scratch_base + j * EDGE) / PACK;
         let pitch = SCRATCH_PITCH;
-        coopStoreT(scores[block * SCORE_TILES + j], &scratch[place], pitch);
+        coopStoreT(gradients[block * SCORE_TILES + j], &scratch[place], pitch);
     }
     workgroupBarrier();
     for (var i = 0u; i < LANE_QUADS; i++) {
@@ -585,20 +586,18 @@ fn main(
         for (var group = 0u; group < BLOCK_Q; group += SCORE_COLS) {
             let query = query_start + group;
             scores = array<mat_c, ROW_BLOCKS * SCORE_TILES>();
+            gradients = array<mat_c, ROW_BLOCKS * SCORE_TILES>();
             add_scores(group);
+            add_gradients(group); // the matrix units make these while the lanes weigh the scores ...
             probability_block(0u, key, row + query, query, group, on_diagonal, exponent_scale);
             if (ROW_BLOCKS > 1u) {
                 probability_block(1u, key + EDGE, row + query, query, group, on_diagonal, exponent_scale);
             }
-
-            scores = array<mat_c, ROW_BLOCKS * SCORE_TILES>();
-            add_gradients(group);
+            add_dv(group); // ... and these while they weigh the gradients
             gradient_block(0u, group);
             if (ROW_BLOCKS > 1u) {
                 gradient_block(1u, group);
             }
-
-            add_dv(group);
             add_dk(group);
         }
     }

@@ -16,7 +16,7 @@
 //     HEAD_DIM       D, a multiple of 16
 //     THREADS        of the workgroup
 //     BLOCK_K        keys of the workgroup
-//     BLOCK_Q        queries of a tile, a multiple of 4 * SCORE_COLS
+//     BLOCK_Q        queries of a tile, a multiple of 8 and of 4 * SCORE_COLS
 //     DIM_CHUNK      columns of K or V in workgroup memory at once, divides HEAD_DIM, a multiple of 8
 //     SCORE_COLS     threads side by side over the queries of S'; THREADS / SCORE_COLS divides BLOCK_K
 //     OUT_COLS       threads side by side over the columns of dK, divides HEAD_DIM / 4; THREADS / OUT_COLS divides
@@ -400,8 +400,9 @@ fn main(
                 }
             }
             workgroupBarrier();
-            for (var quad = 0u; quad < CHUNK_QUADS; quad++) {
+            for (var quad = 0u; quad < CHUNK_QUADS; quad += 2u) {
                 add_scores_quad(quad, chunk);
+                add_scores_quad(quad + 1u, chunk);
             }
         }
 
@@ -416,8 +417,9 @@ fn main(
         workgroupBarrier();
 
         // dV += dropout(P') dOut
-        for (var query_quad = 0u; query_quad < QUERY_QUADS; query_quad++) {
+        for (var query_quad = 0u; query_quad < QUERY_QUADS; query_quad += 2u) {
             add_dv(query_quad, query_quad);
+            add_dv(query_quad + 1u, query_quad + 1u);
         }
 
         // V dOut^T
@@ -434,8 +436,9 @@ fn main(
                 }
             }
             workgroupBarrier();
-            for (var quad = 0u; quad < CHUNK_QUADS; quad++) {
+            for (var quad = 0u; quad < CHUNK_QUADS; quad += 2u) {
                 add_gradients_quad(quad, chunk);
+                add_gradients_quad(quad + 1u, chunk);
             }
         }
 
@@ -451,8 +454,9 @@ fn main(
         workgroupBarrier();
 
         // dK += dS' Q
-        for (var query_quad = 0u; query_quad < QUERY_QUADS; query_quad++) {
+        for (var query_quad = 0u; query_quad < QUERY_QUADS; query_quad += 2u) {
             add_dk(query_quad, query_quad);
+            add_dk(query_quad + 1u, query_quad + 1u);
         }
     }
 

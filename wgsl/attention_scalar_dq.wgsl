@@ -14,7 +14,7 @@
 //     HEAD_DIM       D, a multiple of 16
 //     THREADS        of the workgroup
 //     BLOCK_Q        queries of the workgroup
-//     BLOCK_K        keys of a tile, a multiple of 4 * SCORE_COLS
+//     BLOCK_K        keys of a tile, a multiple of 8 and of 4 * SCORE_COLS
 //     DIM_CHUNK      columns of Q or dOut in workgroup memory at once, divides HEAD_DIM, a multiple of 8
 //     SCORE_COLS     threads side by side over the keys of S; THREADS / SCORE_COLS divides BLOCK_Q
 //     OUT_COLS       threads side by side over the columns of dQ, divides HEAD_DIM / 4; THREADS / OUT_COLS divides
@@ -326,8 +326,9 @@ fn main(
                 }
             }
             workgroupBarrier();
-            for (var quad = 0u; quad < CHUNK_QUADS; quad++) {
+            for (var quad = 0u; quad < CHUNK_QUADS; quad += 2u) {
                 add_scores_quad(quad, chunk);
+                add_scores_quad(quad + 1u, chunk);
             }
         }
 
@@ -345,8 +346,9 @@ fn main(
                 }
             }
             workgroupBarrier();
-            for (var quad = 0u; quad < CHUNK_QUADS; quad++) {
+            for (var quad = 0u; quad < CHUNK_QUADS; quad += 2u) {
                 add_gradients_quad(quad, chunk);
+                add_gradients_quad(quad + 1u, chunk);
             }
         }
 
@@ -362,8 +364,9 @@ fn main(
         workgroupBarrier();
 
         // dQ += dS K
-        for (var key_quad = 0u; key_quad < KEY_QUADS; key_quad++) {
+        for (var key_quad = 0u; key_quad < KEY_QUADS; key_quad += 2u) {
             add_dq(key_quad, key_quad);
+            add_dq(key_quad + 1u, key_quad + 1u);
         }
     }
 

@@ -17,7 +17,7 @@
 //     BLOCK_Q        queries of the workgroup
 //     BLOCK_K        keys of a tile, a multiple of 4 * SCORE_COLS
 //     DIM_CHUNK      columns of Q and K in workgroup memory at once, divides HEAD_DIM, a multiple of 8
-//     KEY_CHUNK      keys of V in workgroup memory at once, divides BLOCK_K, a multiple of 4
+//     KEY_CHUNK      keys of V in workgroup memory at once, divides BLOCK_K, a multiple of 8
 //     SCORE_COLS     threads side by side over the keys of S; THREADS / SCORE_COLS divides BLOCK_Q
 //     OUT_COLS       threads side by side over the columns of out, divides HEAD_DIM / 4; THREADS / OUT_COLS divides
 //                    BLOCK_Q
@@ -267,8 +267,9 @@ fn main(
                 }
             }
             workgroupBarrier();
-            for (var quad = 0u; quad < CHUNK_QUADS; quad++) {
+            for (var quad = 0u; quad < CHUNK_QUADS; quad += 2u) {
                 add_scores_quad(quad);
+                add_scores_quad(quad + 1u);
             }
         }
         write_scores(0u, exponent_scale);
@@ -342,8 +343,9 @@ fn main(
                 if (OUT_ROWS > 6u) { shrink_out(6u); }
                 if (OUT_ROWS > 7u) { shrink_out(7u); }
             }
-            for (var quad = 0u; quad < KEY_CHUNK / 4u; quad++) {
+            for (var quad = 0u; quad < KEY_CHUNK / 4u; quad += 2u) {
                 add_out(chunk / 4u + quad, quad);
+                add_out(chunk / 4u + quad + 1u, quad + 1u);
             }
         }
     }

@@ -39,13 +39,13 @@ const fn scalar(head_dim: usize, pass: Pass) -> Scalar {
     match (pass, head_dim) {
         (Pass::Forward, 16) => row(64, 64, 32, 16, 32, 8, 4),
         (Pass::Forward, 32) => row(128, 64, 32, 16, 32, 8, 8),
-        (Pass::Forward, 64) => row(128, 64, 32, 16, 32, 8, 16),
+        (Pass::Forward, 64) => row(64, 32, 32, 16, 8, 8, 16),
         (Pass::Forward, 80) => row(64, 64, 32, 16, 16, 8, 4),
         (Pass::Forward, 96) => row(128, 64, 32, 16, 16, 8, 8),
         (Pass::Forward, _) => row(128, 64, 32, 16, 16, 8, 16),
         (Pass::Dq, 16) => row(64, 32, 32, 16, 0, 8, 4),
         (Pass::Dq, 32) => row(128, 64, 32, 16, 0, 8, 8),
-        (Pass::Dq, 64) => row(128, 32, 32, 16, 0, 8, 16),
+        (Pass::Dq, 64) => row(64, 32, 16, 32, 0, 2, 8),
         (Pass::Dq, 80) => row(64, 32, 16, 80, 0, 4, 4),
         (Pass::Dq, 96) => row(128, 64, 16, 16, 0, 4, 8),
         (Pass::Dq, _) => row(128, 32, 16, 32, 0, 4, 16),
@@ -66,7 +66,7 @@ struct Coop {
 }
 
 #[rustfmt::skip] // a table
-const fn coop(edge: u32, head_dim: usize, pass: Pass) -> Coop {
+const fn coop(edge: u32, head_dim: usize, pass: Pass, dropout: bool) -> Coop {
     const fn row(subgroups: u32, row_blocks: u32, other: u32) -> Coop {
         Coop { subgroups, row_blocks, other }
     }
@@ -74,6 +74,7 @@ const fn coop(edge: u32, head_dim: usize, pass: Pass) -> Coop {
         (8, _, _) => row(4, 2, 16),
         (_, Pass::Forward, 16) => row(2, 2, 16),
         (_, Pass::Forward, 32) => row(4, 2, 16),
+        (_, Pass::Forward | Pass::Dq, 64) if dropout => row(4, 1, 16),
         (_, Pass::Forward, 64 | 80) => row(8, 1, 16),
         (_, Pass::Forward, _) => row(4, 1, 16),
         (_, Pass::Dq, 16) => row(4, 2, 32),
@@ -124,7 +125,7 @@ pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, 
             (Kernel::new(name, header, vec![philox, file], (t.threads, 1, 1)), t.own)
         }
         Variant::Coop { edge, f16 } => {
-            let t = coop(edge, head_dim, pass);
+            let t = coop(edge, head_dim, pass, dropout);
             let matrix = if f16 { "f16" } else { "f32" };
             let needs_f16 = f16 || f16_storage;
             // dK/dV of f32 tensors wants 32 queries a tile: half as many, and slower, conversions between barriers.

@@ -178,19 +178,19 @@ impl Replayer<'_> {
                 let gradients = std::mem::replace(&mut self.gradients, sum);
                 self.give_all(gradients); // added into the sum
             }
-            // Made from the last layer to the first, given back in the parameters' order.
-            let mut gradients = std::mem::take(&mut self.gradients).into_iter().rev();
-            for &size in &sizes {
-                if moments.len() < 2 * sizes.len() {
-                    moments.extend([(); 2].map(|()| self.take(Use::Optimizer, "a moment", size)));
-                }
-                if self.is_composed() {
+            if moments.is_empty() {
+                let pairs = sizes.iter().flat_map(|&size| [size; 2]);
+                moments = pairs.map(|size| self.take(Use::Optimizer, "a moment", size)).collect();
+            }
+            if self.is_composed() {
+                for &size in &sizes {
                     let temporary = [(); 3].map(|()| self.take(Use::Workspace, "an update", size));
                     self.give_all(temporary);
                 }
-                self.give_all(gradients.next());
             }
-            self.give_all(gradients);
+            // Made from the last layer to the first, given back in the parameters' order.
+            let gradients = std::mem::take(&mut self.gradients);
+            self.give_all(gradients.into_iter().rev());
         }
         self.give_all(parameters.into_iter().chain(moments));
     }

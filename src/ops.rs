@@ -63,6 +63,15 @@ impl Optional<Dispatch> {
     }
 }
 
+impl<B: Backend> Optional<B> {
+    fn unwrap_or(self, other: FloatTensor<B>) -> FloatTensor<B> {
+        match self {
+            Self::Absent => other,
+            Self::Present(tensor) => tensor,
+        }
+    }
+}
+
 impl<B: Backend, C: CheckpointStrategy> Optional<Autodiff<B, C>> {
     /// The tensor of the backend below.
     fn inner(&self) -> Optional<B> {

@@ -55,8 +55,6 @@ struct Half {
     normed: Buffer,
     /// Attention: qkv, out, lse. MLP: h, gelu(h).
     inside: Vec<Buffer>,
-    /// The weights of both products in f16, where activations are.
-    weights: Vec<Buffer>,
 }
 
 /// What a block keeps, by the shape's [`Recompute`].
@@ -169,6 +167,7 @@ impl Replayer<'_> {
         let parameters: Vec<Buffer> = sizes.iter().map(|&size| self.take(Use::Parameters, "a weight", size)).collect();
         let mut moments = Vec::new();
         for _ in 0..STEPS {
+            let rounded = self.rounded_weights();
             self.micro_step();
             if self.shape.accumulates {
                 let sum = std::mem::take(&mut self.gradients);
@@ -178,6 +177,7 @@ impl Replayer<'_> {
                 let gradients = std::mem::replace(&mut self.gradients, sum);
                 self.give_all(gradients); // added into the sum
             }
+            self.give_all(rounded);
             if moments.is_empty() {
                 let pairs = sizes.iter().flat_map(|&size| [size; 2]);
                 moments = pairs.map(|size| self.take(Use::Optimizer, "a moment", size)).collect();
@@ -217,6 +217,16 @@ impl Replayer<'_> {
         }
         norm(&mut sizes);
         sizes.iter().map(|elements| elements * F32).collect()
+    }
+
+    /// The weights of the blocks' products in f16, where activations are.
+    fn rounded_weights(&mut self) -> Vec<Buffer> {
+        if !self.shape.f16 {
+            return Vec::new();
+        }
+        let (c, blocks) = (self.channels(), self.shape.gpt.n_layer);
+        let sizes = [3, 1, 4, 4].repeat(blocks).into_iter().map(|times| times * c * c);
+        sizes.map(|elements| self.take(Use::Activations, "a weight in f16", 2 * elements)).collect()
     }
 
     /// Forward and backward of one micro-batch.
@@ -268,21 +278,11 @@ impl Replayer<'_> {
     /// Leaves the input of half a block.
     fn forget(&mut self, half: Half) -> Buffer {
         self.give(half.normed);
-        self.give_all(half.stats.into_iter().chain(half.inside).chain(half.weights));
+        self.give_all(half.stats.into_iter().chain(half.inside));
         half.x
     }
 
-    /// Both weights of half a block in f16, where activations are: (first, C), (C, last).
-    fn half_weights(&mut self, first: u64, last: u64) -> Vec<Buffer> {
-        if !self.shape.f16 {
-            return Vec::new();
-        }
-        let c = self.channels();
-        [first, last].map(|times| self.take(Use::Activations, "a weight in f16", 2 * times * c * c)).into()
-    }
-
     fn attention(&mut self, x: Buffer) -> (Buffer, Half) {
-        let weights = self.half_weights(3, 1);
         let normed = self.activation("x", 1);
         let stats = self.stats();
         let qkv = self.activation("qkv", 3);
@@ -292,16 +292,15 @@ impl Replayer<'_> {
         let out = self.activation("x", 1);
         let lse = self.take(Use::Activations, "the attention's row sums", self.row_values());
         let y = self.activation("x", 1);
-        (y, Half { x, stats, normed, inside: vec![qkv, out, lse], weights })
+        (y, Half { x, stats, normed, inside: vec![qkv, out, lse] })
     }
 
     fn mlp(&mut self, x: Buffer) -> (Buffer, Half) {
-        let weights = self.half_weights(4, 4);
         let normed = self.activation("x", 1);
         let stats = self.stats();
         let inside = vec![self.activation("the MLP's hidden layer", 4), self.activation("the MLP's hidden layer", 4)];
         let y = self.activation("x", 1);
-        (y, Half { x, stats, normed, inside, weights })
+        (y, Half { x, stats, normed, inside })
     }
 
     /// `count` matrices (B, H, T, T) at once, which only composed attention makes.
@@ -448,9 +447,7 @@ impl Replayer<'_> {
         }
         let dh = self.cotangent("the MLP's hidden layer", 4);
         self.give_all(h.into_iter().chain([dhidden]));
-        let dx = self.input_backward(dy, dh, 4, (half.x, half.stats, half.normed));
-        self.give_all(half.weights);
-        dx
+        self.input_backward(dy, dh, 4, (half.x, half.stats, half.normed))
     }
 
     fn attention_backward(&mut self, dy: Buffer, half: Half) -> Buffer {
@@ -461,9 +458,7 @@ impl Replayer<'_> {
         }
         let dqkv = self.cotangent("qkv", 3);
         self.give_all(half.inside.into_iter().chain([dout, delta]));
-        let dx = self.input_backward(dy, dqkv, 3, (half.x, half.stats, half.normed));
-        self.give_all(half.weights);
-        dx
+        self.input_backward(dy, dqkv, 3, (half.x, half.stats, half.normed))
     }
 
     /// dwte, to which the head's is added, and dwpe.

@@ -190,7 +190,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "another parameter's moment", kernel: "adamw", constants: &[THREE_SLOTS],
-        from: "State(p_1[i], m_1[i], v_1[i])", to: "State(p_1[i], m_2[0], v_1[i])", found_by: Layer::Values,
+        from: "State(p_1[i], m_1[i], v_1[i])", to: "State(p_1[i], m_2[0], v_1[i])", found_by: Layer::Race,
     },
     Fault {
         what: "a slope without the clip", kernel: "adamw", constants: &[],
@@ -274,11 +274,15 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "subnormal numbers flushed", kernel: "cast", constants: &[],
-        from: "stored(x[index])", to: "stored(select(lanes(), x[index], abs(x[index]) > lanes(6.1e-5)))", found_by: Layer::Values,
+        from: "stored(x_0[i])", to: "stored(select(lanes(), x_0[i], abs(x_0[i]) > lanes(6.1e-5)))", found_by: Layer::Values,
     },
     Fault {
         what: "one lane more than there are", kernel: "cast", constants: &[],
-        from: "if (index < params.count)", to: "if (index <= params.count)", found_by: Layer::Bounds,
+        from: "i < end", to: "i <= end", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "another tensor's copy", kernel: "cast", constants: &[THREE_SLOTS],
+        from: "y_2[i] = stored(x_2[i])", to: "y_2[i] = stored(x_1[i] + x_2[i])", found_by: Layer::Values,
     },
     Fault {
         what: "the high half of a word where the row ends before it", kernel: "linear_coop", constants: &[OCTS, K_RAGGED],

@@ -52,7 +52,7 @@ const SLOTS: [usize; 3] = [1, 3, 7];
 
 /// Of every second parameter.
 fn decays(i: usize) -> bool {
-    i % 2 == 0
+    i.is_multiple_of(2)
 }
 
 #[test]
@@ -293,7 +293,7 @@ fn the_square_sums_stay_inside_their_places() {
         let mut random = Random(2);
         let gradients: Vec<_> = COUNTS.iter().map(|&count| random.vec(count)).collect();
         let square_sum = |part: &[f64]| part.iter().map(|g| g * g).sum::<f64>();
-        let share = |g: &[f64]| if g.len() % 4 == 0 { 4096 } else { 1024 };
+        let share = |g: &[f64]| if g.len().is_multiple_of(4) { 4096 } else { 1024 };
         let wanted: Vec<f64> = gradients.iter().flat_map(|g| g.chunks(share(g)).map(square_sum)).collect();
         assert_eq!(adamw::places(COUNTS), wanted.len());
         let tensors: Vec<_> = gradients.iter().map(|g| primitive(tensor(g, [g.len()], device))).collect();

@@ -5,6 +5,7 @@
 //! uniform is uniform enough for cooperative matrices, and CubeCL caches it by value.
 
 pub mod lanes;
+pub mod slots;
 mod submit;
 
 use std::sync::{PoisonError, RwLock};

@@ -4,8 +4,8 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use crate::ops::block::{Parameters, attention_block, mlp_block};
-use crate::ops::cast::to_f16;
+use crate::ops::block::{Layer, Parameters, attention_block, mlp_block};
+use crate::ops::cast::{all_to_f16, to_f16};
 use crate::ops::cross_entropy::{cross_entropy, cross_entropy_scaled};
 use crate::ops::dropout::Dropout;
 use crate::ops::embedding::embedding;
@@ -71,6 +71,9 @@ pub struct Linear {
     pub weight: Param<Tensor<2>>,
     /// (out).
     pub bias: Option<Param<Tensor<1>>>,
+    /// The weight in f16, in a [`Gpt::rounded`] model.
+    #[module(skip)]
+    rounded: Option<Tensor<2>>,
 }
 
 /// Attention with its packed projection and its output projection.
@@ -147,7 +150,12 @@ impl Linear {
         Self {
             weight: normal.matrix(outputs, inputs),
             bias: bias.then(|| Param::from_tensor(Tensor::zeros([outputs], normal.device))),
+            rounded: None,
         }
+    }
+
+    fn layer(&self) -> Layer {
+        Layer { weight: self.weight.val(), rounded: self.rounded.clone(), bias: value(&self.bias) }
     }
 }
 
@@ -186,11 +194,7 @@ impl Block {
 
 /// The parameters of half a block.
 fn half(norm: &LayerNorm, inner: &Linear, outer: &Linear) -> Parameters {
-    Parameters {
-        norm: (norm.weight.val(), value(&norm.bias)),
-        inner: (inner.weight.val(), value(&inner.bias)),
-        outer: (outer.weight.val(), value(&outer.bias)),
-    }
+    Parameters { norm: (norm.weight.val(), value(&norm.bias)), inner: inner.layer(), outer: outer.layer() }
 }
 
 /// A block, or half of one.
@@ -220,6 +224,25 @@ impl Gpt {
             config: *config,
             f16: false,
         }
+    }
+
+    /// The same parameters, and where activations are f16 the weights of the blocks' products once more in f16, cast in a few
+    /// launches: for all passes that are made before the parameters change. Without them each pass casts for itself, as it does
+    /// for the head.
+    pub fn rounded(&self) -> Self {
+        let mut model = self.clone();
+        if self.f16 {
+            let mut linears: Vec<&mut Linear> = Vec::new();
+            for Block { attn, mlp, .. } in &mut model.h {
+                linears.extend([&mut attn.c_attn, &mut attn.c_proj, &mut mlp.c_fc, &mut mlp.c_proj]);
+            }
+            let weights: Vec<_> = linears.iter().map(|linear| linear.weight.val().inner()).collect();
+            if !weights.is_empty() {
+                let rounded = all_to_f16(weights).map(Some);
+                linears.into_iter().zip(rounded).for_each(|(linear, rounded)| linear.rounded = rounded);
+            }
+        }
+        model
     }
 
     /// The first block's input for tokens (B, T), T <= block_size -> (B, T, C).

@@ -15,8 +15,8 @@ pub mod linear;
 pub mod verdict;
 
 use burn::backend::{
-    Autodiff, Backend, Dispatch, ExtensionType, TensorMetadata, autodiff::checkpoint::strategy::CheckpointStrategy,
-    tensor::FloatTensor,
+    Autodiff, Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind,
+    ExtensionType, TensorMetadata, autodiff::checkpoint::strategy::CheckpointStrategy, tensor::FloatTensor,
 };
 use burn::tensor::{DType, Shape, Tensor};
 use burn_cubecl::tensor::CubeTensor;
@@ -63,6 +63,15 @@ impl Optional<Dispatch> {
     }
 }
 
+impl<B: Backend> Optional<B> {
+    fn unwrap_or(self, other: FloatTensor<B>) -> FloatTensor<B> {
+        match self {
+            Self::Absent => other,
+            Self::Present(tensor) => tensor,
+        }
+    }
+}
+
 impl<B: Backend, C: CheckpointStrategy> Optional<Autodiff<B, C>> {
     /// The tensor of the backend below.
     fn inner(&self) -> Optional<B> {
@@ -70,6 +79,53 @@ impl<B: Backend, C: CheckpointStrategy> Optional<Autodiff<B, C>> {
             Self::Absent => Optional::Absent,
             Self::Present(tensor) => Optional::Present(tensor.primitive().clone()),
         }
+    }
+}
+
+/// As many tensors as an operation is given, all of one device.
+#[derive(Clone, Debug)]
+pub struct Tensors<B: Backend>(pub Vec<FloatTensor<B>>);
+
+impl Tensors<Dispatch> {
+    fn of<const D: usize>(tensors: impl IntoIterator<Item = Tensor<D>>) -> Self {
+        Self(tensors.into_iter().map(Tensor::into_dispatch).collect())
+    }
+
+    fn into_tensors<const D: usize>(self) -> impl Iterator<Item = Tensor<D>> {
+        self.0.into_iter().map(Tensor::from_dispatch)
+    }
+}
+
+/// By hand, since Burn derives it for a fixed number of tensors only.
+impl<B: Backend> ExtensionType<B> for Tensors<B> {
+    type Target = Tensors<Dispatch>;
+
+    fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Self::Target
+    where
+        F: Fn(BackendTensor<B>) -> DispatchTensorKind,
+    {
+        let tensor = |tensor| DispatchTensor { kind: map_kind(BackendTensor::Float(tensor)), autodiff };
+        Tensors(self.0.into_iter().map(tensor).collect())
+    }
+
+    fn map_from_dispatch<F>(target: Self::Target, unwrap_kind: F) -> Self
+    where
+        F: Fn(DispatchTensor) -> BackendTensor<B>,
+    {
+        Self(target.0.into_iter().map(|tensor| unwrap_kind(tensor).float()).collect())
+    }
+
+    fn routing_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn routing_float_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn autodiff_context(target: &Self::Target) -> DispatchAutodiffContext {
+        let merge = |context: DispatchAutodiffContext, tensor: &DispatchTensor| context.merge(tensor.autodiff);
+        target.0.iter().fold(DispatchAutodiffContext::Disabled, merge)
     }
 }
 

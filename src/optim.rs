@@ -9,7 +9,7 @@ use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use crate::checkpoint::read;
 use crate::config::OptimConfig;
 use crate::model::Gpt;
-use crate::ops::adamw::{AdamW, adamw, square_sums};
+use crate::ops::adamw::{AdamW, Parameter, adamw, square_sums};
 use crate::ops::verdict::{self, Rules};
 use crate::parameters;
 
@@ -111,15 +111,16 @@ impl Optimizer {
         Self::with_memory(verdict::first_state(1.0, 0), f16, device)
     }
 
-    /// With what the verdicts of earlier steps remember, and no moments yet. A loss scale that is no loss scale for
-    /// activations in f16 (or f32) becomes one.
+    /// With what the verdicts of earlier steps remember, and no moments yet. Where those were in the other type, the loss scale
+    /// begins anew: f32 has none.
     pub fn with_memory(mut memory: Vec<f32>, f16: bool, device: &Device) -> Self {
-        let scale = &mut memory[verdict::state::LOSS_SCALE];
-        match (f16, *scale == 1.0) {
-            (true, true) => *scale = verdict::FIRST_SCALE,
-            (false, false) => *scale = 1.0,
-            _ => {}
+        use verdict::state::{HAS_SCALE, LOSS_SCALE};
+        // Checkpoints of earlier versions do not say it; in f32 their scale is 1.
+        let had_scale = memory[HAS_SCALE] != 0.0 || memory[LOSS_SCALE] != 1.0;
+        if f16 != had_scale {
+            memory[LOSS_SCALE] = if f16 { verdict::FIRST_SCALE } else { 1.0 };
         }
+        memory[HAS_SCALE] = f32::from(f16);
         let memory = Tensor::from_data(TensorData::new(memory, [verdict::state::SIZE]), device);
         Self { moments: BTreeMap::new(), memory, dynamic_scale: f16 }
     }
@@ -153,8 +154,19 @@ impl Optimizer {
         let memory = std::mem::replace(&mut self.memory, loss_sum.clone());
         let (memory, verdict) = verdict::verdict(sums, loss_sum, memory, rules);
         self.memory = memory;
-        let mut update = Update { optimizer: self, gradients, config, lr, verdict };
-        parameters::map(model, &mut update)
+        let &OptimConfig { beta1, beta2, weight_decay, .. } = config;
+        let hyper = AdamW { lr, beta1, beta2, eps: EPSILON, weight_decay };
+        // Out of the model, so that nobody else holds them and they are rewritten in place.
+        let mut take =
+            Take { moments: &mut self.moments, gradients: gradients.sum, names: Vec::new(), taken: Vec::new() };
+        let model = parameters::map(model, &mut take);
+        let Take { names, taken, .. } = take;
+        let mut put = Put { updated: BTreeMap::new() };
+        for (name, [p, m, v]) in names.into_iter().zip(adamw(taken, verdict, hyper)) {
+            self.moments.insert(name.clone(), Moments { m, v });
+            put.updated.insert(name, p);
+        }
+        parameters::map(model, &mut put)
     }
 
     /// What the last step was. Waits for the device.
@@ -197,34 +209,41 @@ impl parameters::Visit for Add<'_> {
     }
 }
 
-/// Replaces each parameter by its updated value.
-struct Update<'a> {
-    optimizer: &'a mut Optimizer,
-    gradients: GradientSum,
-    config: &'a OptimConfig,
-    lr: f64,
-    verdict: Tensor<1>,
+/// Takes every parameter that has a gradient out of the model, with its moments.
+struct Take<'a> {
+    moments: &'a mut BTreeMap<Name, Moments>,
+    gradients: BTreeMap<Name, Tensor<1>>,
+    names: Vec<Name>,
+    taken: Vec<Parameter>,
 }
 
-impl parameters::Map for Update<'_> {
+impl parameters::Map for Take<'_> {
+    /// The gradient stands in its place meanwhile: it has the same shape and is there anyway.
     fn parameter<const D: usize>(&mut self, name: &str, tensor: Tensor<D>) -> Tensor<D> {
-        let Some(gradient) = self.gradients.sum.remove(name) else {
+        let Some(g) = self.gradients.remove(name) else {
             return tensor;
         };
-        let hyper = AdamW {
-            lr: self.lr,
-            beta1: self.config.beta1,
-            beta2: self.config.beta2,
-            eps: EPSILON,
-            weight_decay: if decays(D) { self.config.weight_decay } else { 0.0 },
-        };
-        let shape = tensor.shape();
+        let instead = Tensor::from_inner(g.clone().reshape(tensor.shape()));
         let p = tensor.inner().flatten::<1>(0, D - 1);
-        let moments = self.optimizer.moments.remove(name);
+        let moments = self.moments.remove(name);
         let Moments { m, v } = moments.unwrap_or_else(|| Moments { m: p.zeros_like(), v: p.zeros_like() });
-        let (p, m, v) = adamw(p, gradient, m, v, self.verdict.clone(), hyper);
-        self.optimizer.moments.insert(name.to_string(), Moments { m, v });
-        Tensor::<D>::from_inner(p.reshape(shape)).require_grad()
+        self.names.push(name.to_string());
+        self.taken.push(Parameter { p, g, m, v, decays: decays(D) });
+        instead
+    }
+}
+
+/// Puts the updated parameters into the model.
+struct Put {
+    updated: BTreeMap<Name, Tensor<1>>,
+}
+
+impl parameters::Map for Put {
+    fn parameter<const D: usize>(&mut self, name: &str, tensor: Tensor<D>) -> Tensor<D> {
+        match self.updated.remove(name) {
+            Some(p) => Tensor::from_inner(p.reshape(tensor.shape())).require_grad(),
+            None => tensor,
+        }
     }
 }
 

@@ -39,6 +39,7 @@ pub fn generate(
     }
     let mut stream = rng::Stream::new(sampling.seed, rng::site::SAMPLE);
     let mut tokens = prompt.to_vec();
+    let model = model.rounded();
     for _ in 0..count {
         let start = tokens.len().saturating_sub(model.config.block_size);
         let window: Vec<i32> = tokens[start..].iter().map(|&t| i32::from(t)).collect();

@@ -221,6 +221,7 @@ impl Step<'_> {
         let (seed, probability) = (self.config.train.seed, self.config.model.dropout as f32);
         let mut gradients = GradientSum::default();
         let mut loss_sum: Option<Tensor<1>> = None;
+        let rounded = model.rounded();
         for _ in 0..parts {
             let (tokens, targets) = (self.batch)(*position)?;
             let dropout = Dropout { probability, seed, step: *position as u32, site: 0 };
@@ -228,7 +229,7 @@ impl Step<'_> {
             // The gradients come multiplied by the loss scale, and are a sum over micro-batches: the verdict divides.
             let scale = Scale(optimizer.memory.clone());
             let recompute = self.config.train.recompute;
-            let loss = recompute::gradients(&model, tokens, targets, dropout, scale, recompute, &mut gradients)?;
+            let loss = recompute::gradients(&rounded, tokens, targets, dropout, scale, recompute, &mut gradients)?;
             loss_sum = Some(match loss_sum {
                 Some(sum) => sum + loss,
                 None => loss,
@@ -237,6 +238,7 @@ impl Step<'_> {
         let Some(loss_sum) = loss_sum else {
             bail!("gradient_accumulation_steps is 0; it must be at least 1");
         };
+        drop(rounded); // the parameters are rewritten in place
         let model = optimizer.step(model, gradients, (loss_sum.clone(), parts), &self.config.optim, lr);
         Ok((model, loss_sum))
     }
@@ -306,7 +308,7 @@ fn skipped(last_step: &LastStep) -> String {
 pub fn evaluate(model: &Gpt, config: &Config, data: &Dataset, device: &Device, iter: u64) -> Result<(f64, f64)> {
     /// Keeps the evaluation's batches of train apart from the training's.
     const EVALUATION: u64 = 1 << 63;
-    let model = model.valid(); // the same weights without autodiff
+    let model = model.valid().rounded(); // the same weights without autodiff
     let (batch_size, block_size) = (config.data.batch_size, config.model.block_size);
     let count = config.train.eval_iters;
     let mean = |split| -> Result<f64> {

@@ -9,9 +9,7 @@ use burn_cubecl::tensor::CubeTensor;
 use common::guarded::{Guarded, primitive};
 use common::twins::{self, EmbeddingShape};
 use common::*;
-use gpt_wgpu::kernel::fold;
-use gpt_wgpu::kernel::lanes::Lanes;
-use gpt_wgpu::ops::cast::{self, to_f16};
+use gpt_wgpu::ops::cast::{self, all_to_f16, to_f16};
 use gpt_wgpu::ops::cross_entropy::cross_entropy_scaled;
 use gpt_wgpu::ops::dropout::{Dropout, dropout};
 use gpt_wgpu::ops::{embedding, layer_norm};
@@ -209,15 +207,22 @@ fn edges_of_f16() -> Vec<f64> {
 fn the_cast_rounds_to_nearest_even_and_flushes_nothing() {
     let Some(device) = gpu_with_f16() else { return };
     let edges = edges_of_f16();
-    for count in [1, 3, 4, 1001, edges.len() / 4 * 4] {
-        let x = &edges[edges.len() - count..];
-        let want: Vec<f64> = x.iter().map(|v| f64::from(f16::from_f32(*v as f32))).collect();
-        assert_eq!(values(to_f16(tensor(x, [count], &device))), want, "{count}");
-
-        let (input, y) = (primitive(tensor(x, [count], &device)), Guarded::of(true, [count], &device));
-        let lanes = Lanes::of(count).count as u32;
-        cast::kernel(count).launch(fold(lanes.div_ceil(256)), &[&input, &y.inside], &[lanes]);
-        assert_eq!(y.values("y"), want, "{count} guarded");
+    let even = edges.len() / 4 * 4;
+    // More in a row than a launch has slots, and no multiples of four between them
+    let counts = [4, 8, even, 64, 12, 4, 16, 20, 1, 3, even, 1001, 512, 513];
+    let inputs = counts.map(|count| &edges[edges.len() - count..]);
+    let want = inputs.map(|x| x.iter().map(|v| f64::from(f16::from_f32(*v as f32))).collect::<Vec<_>>());
+    let tensors = || inputs.map(|x| tensor::<1>(x, [x.len()], &device));
+    assert_eq!(all_to_f16(tensors()).map(values).collect::<Vec<_>>(), want);
+    assert_eq!(tensors().map(|x| values(to_f16(x))), want);
+    for most in [1, 3, 7] {
+        let input = tensors().map(primitive);
+        let output = counts.map(|count| Guarded::of(true, [count], &device));
+        let casts: Vec<_> = input.iter().zip(output.iter().map(|y| &y.inside)).collect();
+        cast::launch(&casts, most);
+        for (i, (y, want)) in output.into_iter().zip(&want).enumerate() {
+            assert_eq!(y.values("y"), *want, "{most} slots, tensor {i}");
+        }
     }
 }
 

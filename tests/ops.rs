@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use common::twins::{self, AttentionShape, EmbeddingShape};
 use common::*;
 use gpt_wgpu::ops::attention::causal_attention;
-use gpt_wgpu::ops::block::{Parameters, attention_block, mlp_block};
+use gpt_wgpu::ops::block::{Layer, Parameters, attention_block, mlp_block};
 use gpt_wgpu::ops::cross_entropy::cross_entropy;
 use gpt_wgpu::ops::dropout::{Dropout, dropout};
 use gpt_wgpu::ops::embedding::embedding;
@@ -195,7 +195,8 @@ fn half_blocks_are_their_operations() {
                 let (bn, bi, bo) = (keep(with_norm, &b_norm), keep(with_in, &b_in), keep(with_out, &b_out));
                 let y = if whole {
                     let norm = (norm.clone(), bn);
-                    let parameters = Parameters { norm, inner: (w_in.clone(), bi), outer: (w_out.clone(), bo) };
+                    let layer = |weight: &Tensor<2>, bias| Layer { weight: weight.clone(), rounded: None, bias };
+                    let parameters = Parameters { norm, inner: layer(&w_in, bi), outer: layer(&w_out, bo) };
                     if attention {
                         attention_block(x.clone(), parameters, heads, [DROPOUT.at(3), DROPOUT.at(4)])
                     } else {

@@ -9,8 +9,9 @@ use burn::tensor::Device;
 use common::guarded::{Guarded, primitive};
 use common::*;
 use gpt_wgpu::kernel::{self, Kernels};
-use gpt_wgpu::ops::adamw::{self, AdamW};
-use gpt_wgpu::ops::verdict::{self, Rules, VERDICT, WINDOW, first_state, judge, state};
+use gpt_wgpu::ops::adamw::{self, AdamW, Parameter};
+use gpt_wgpu::ops::verdict::{self, FIRST_SCALE, Rules, VERDICT, WINDOW, first_state, judge, state};
+use gpt_wgpu::optim::Optimizer;
 
 /// Runs `test` on the CPU, on the GPU with our kernels and on the GPU without them. The choice of kernels is the process's, so
 /// tests that go by it take turns.
@@ -42,56 +43,97 @@ fn hyper(weight_decay: f64) -> AdamW {
 /// A factor on the gradient that is exact in f32.
 const FACTOR: f64 = 0.375;
 
+/// Elements of parameters that are updated together: one, no multiples of four, around a workgroup's share of 2048, and more in a
+/// row than a launch has slots.
+const COUNTS: [usize; 17] = [4, 64, 1, 1024, 2048, 2052, 8, 12, 4, 100_004, 4096, 2044, 3, 1028, 511, 513, 100_003];
+
+/// Slots that a launch may have: one, as where few buffers can be bound, some, and all.
+const SLOTS: [usize; 3] = [1, 3, 7];
+
+/// Of every second parameter.
+fn decays(i: usize) -> bool {
+    i.is_multiple_of(2)
+}
+
 #[test]
 fn adamw_steps_in_place() {
     on_gpu(|device| {
-        for count in [1, 3, 4, 5, 64, 1023, 1024, 1025, 100_003] {
-            let mut random = Random(count as u64);
-            let mut p = random.vec(count);
-            let (mut m, mut v) = (vec![0.0; count], vec![0.0; count]);
-            let [gp, gm, gv] = [&p, &m, &v].map(|content| Guarded::holding(content, [count], device));
+        let mut runs = Vec::new();
+        for most in SLOTS {
+            let mut random = Random(7);
+            let mut wanted: Vec<[Vec<f64>; 3]> =
+                COUNTS.iter().map(|&count| [random.vec(count), vec![0.0; count], vec![0.0; count]]).collect();
+            let guarded: Vec<[Guarded; 3]> = wanted
+                .iter()
+                .map(|state| state.each_ref().map(|values| Guarded::holding(values, [values.len()], device)))
+                .collect();
             for step in 1..=5 {
-                let g = random.vec(count);
-                let hyper = hyper(if step % 2 == 0 { 0.1 } else { 0.0 });
-                twins::adamw(&mut p, &g, &mut m, &mut v, FACTOR, hyper, step);
-                let g = primitive(tensor(&g, [count], device));
-                let verdict = primitive(tensor(&twins::verdict(FACTOR, hyper, step), [VERDICT], device));
-                adamw::launch_update(&gp.inside, &g, &gm.inside, &gv.inside, &verdict, hyper);
+                let mut gradients = Vec::new();
+                for (i, [p, m, v]) in wanted.iter_mut().enumerate() {
+                    let g = random.vec(p.len());
+                    let hyper = hyper(if decays(i) { 0.1 } else { 0.0 });
+                    twins::adamw(p, &g, m, v, FACTOR, hyper, step);
+                    gradients.push(primitive(tensor(&g, [g.len()], device)));
+                }
+                let mut parameters = Vec::new();
+                for (i, ([p, m, v], g)) in guarded.iter().zip(&gradients).enumerate() {
+                    parameters.push(([&p.inside, g, &m.inside, &v.inside], decays(i)));
+                }
+                let verdict = primitive(tensor(&twins::verdict(FACTOR, hyper(0.1), step), [VERDICT], device));
+                adamw::launch_update(&parameters, &verdict, hyper(0.1), most);
             }
-            for (got, want, name) in [(gp, p, "p"), (gm, m, "m"), (gv, v, "v")] {
-                let what = format!("{count} {name}");
-                assert_close(&what, &got.values(&what), &want, 1e-6);
+            let mut results = Vec::new();
+            for (i, (got, want)) in guarded.into_iter().zip(wanted).enumerate() {
+                for ((got, want), name) in got.into_iter().zip(want).zip(["p", "m", "v"]) {
+                    let what = format!("{most} slots, parameter {i} of {} elements, {name}", COUNTS[i]);
+                    results.push(got.values(&what));
+                    assert_close(&what, &results[results.len() - 1], &want, 1e-6);
+                }
             }
+            runs.push(results);
         }
+        assert!(runs.iter().all(|run| *run == runs[0]), "the bits depend on the slots");
     });
 }
 
 #[test]
 fn adamw_does_what_the_verdict_says() {
     everywhere(|name, device| {
-        for count in [77, 1028] {
-            let mut random = Random(count as u64);
-            let [mut p, mut g, mut m] = [(); 3].map(|()| random.vec(count));
-            let mut v: Vec<f64> = random.vec(count).iter().map(|v| v.abs()).collect();
-            let before = [p.clone(), m.clone(), v.clone()];
-            let run = |g: &[f64], verdict: [f64; VERDICT]| {
-                let [p, m, v] = before.each_ref().map(|values| tensor::<1>(values, [count], device));
-                let (g, verdict) = (tensor(g, [count], device), tensor(&verdict, [VERDICT], device));
-                let (p, m, v) = adamw::adamw(p, g, m, v, verdict, hyper(0.1));
-                [values(p), values(m), values(v)]
+        let mut random = Random(77);
+        let before: Vec<[Vec<f64>; 3]> = [77, 1028, 5]
+            .iter()
+            .map(|&count| [random.vec(count), random.vec(count), random.vec(count).iter().map(|v| v.abs()).collect()])
+            .collect();
+        let mut gradients: Vec<Vec<f64>> = before.iter().map(|[p, ..]| random.vec(p.len())).collect();
+        let run = |gradients: &[Vec<f64>], verdict: [f64; VERDICT]| -> Vec<[Vec<f64>; 3]> {
+            let flat = |values: &Vec<f64>| tensor::<1>(values, [values.len()], device);
+            let parameter = |(i, ([p, m, v], g)): (usize, (&[Vec<f64>; 3], _))| Parameter {
+                p: flat(p),
+                g: flat(g),
+                m: flat(m),
+                v: flat(v),
+                decays: decays(i),
             };
-            let made = twins::verdict(FACTOR, hyper(0.1), 3);
-            twins::adamw(&mut p, &g, &mut m, &mut v, FACTOR, hyper(0.1), 3);
-            for (got, want) in run(&g, made).iter().zip([p, m, v]) {
-                assert_close(name, got, &want, 1e-6);
-            }
-            // Where nothing is applied, nothing changes, whatever the numbers are.
-            for (element, bad) in [(0, f64::NAN), (1, f64::INFINITY), (76, -1e30)] {
-                g[element] = bad;
-            }
-            for factor in [FACTOR, f64::NAN, 0.0] {
-                assert_eq!(run(&g, [factor, 0.0, made[2], made[3]]), before, "{name} factor {factor}");
-            }
+            let parameters = before.iter().zip(gradients).enumerate().map(parameter).collect();
+            let updated = adamw::adamw(parameters, tensor(&verdict, [VERDICT], device), hyper(0.1));
+            updated.into_iter().map(|updated| updated.map(values)).collect()
+        };
+        let made = twins::verdict(FACTOR, hyper(0.1), 3);
+        let mut wanted = before.clone();
+        for (i, ([p, m, v], g)) in wanted.iter_mut().zip(&gradients).enumerate() {
+            twins::adamw(p, g, m, v, FACTOR, hyper(if decays(i) { 0.1 } else { 0.0 }), 3);
+        }
+        let updated = run(&gradients, made);
+        assert_eq!(updated.len(), 3);
+        for (got, want) in updated.iter().flatten().zip(wanted.iter().flatten()) {
+            assert_close(name, got, want, 1e-6);
+        }
+        // Where nothing is applied, nothing changes, whatever the numbers are.
+        for (parameter, element, bad) in [(0, 0, f64::NAN), (1, 1, f64::INFINITY), (0, 76, -1e30), (2, 4, f64::NAN)] {
+            gradients[parameter][element] = bad;
+        }
+        for factor in [FACTOR, f64::NAN, 0.0] {
+            assert_eq!(run(&gradients, [factor, 0.0, made[2], made[3]]), before, "{name} factor {factor}");
         }
     });
 }
@@ -103,14 +145,20 @@ fn a_shared_tensor_is_left_alone() {
         let mut random = Random(5);
         let [p, g, m, v] = [(); 4].map(|()| random.vec(77));
         let v: Vec<f64> = v.iter().map(|v| v.abs()).collect();
-        let [pt, gt, mt, vt] = [&p, &g, &m, &v].map(|values| tensor::<1>(values, [77], device));
-        let held = [pt.clone(), mt.clone(), vt.clone()];
+        let parameter = |elements: usize| {
+            let [p, g, m, v] = [&p, &g, &m, &v].map(|values| tensor::<1>(&values[..elements], [elements], device));
+            Parameter { p, g, m, v, decays: true }
+        };
+        let shared = [parameter(77), parameter(64)];
         let verdict = tensor(&twins::verdict(1.0, hyper(0.1), 3), [VERDICT], device);
-        let updated = adamw::adamw(pt, gt, mt, vt, verdict, hyper(0.1));
-        for (held, before) in held.into_iter().zip([&p, &m, &v]) {
-            assert_eq!(&values(held), before, "{name}");
+        let updated = adamw::adamw(shared.to_vec(), verdict, hyper(0.1));
+        for (held, [new_p, ..]) in shared.into_iter().zip(updated) {
+            let elements = held.p.dims()[0];
+            for (held, before) in [held.p, held.m, held.v].into_iter().zip([&p, &m, &v]) {
+                assert_eq!(values(held), before[..elements], "{name}");
+            }
+            assert_ne!(values(new_p), p[..elements], "{name}");
         }
-        assert_ne!(values(updated.0), p, "{name}");
 
         let before: Vec<f64> = first_state(8.0, 3).into_iter().map(f64::from).collect();
         let memory = tensor(&before, [state::SIZE], device);
@@ -210,8 +258,9 @@ fn the_verdict_stays_inside_its_outputs() {
 #[test]
 fn the_norm_and_the_clip_of_all_gradients() {
     everywhere(|name, device| {
-        // Around a workgroup's share, and one gradient with more than the most workgroups.
-        let counts = [1, 3, 4, 8191, 8192, 8193, 40_000, if name == "gpu" { 8_400_001 } else { 100_000 }];
+        // Around a workgroup's share of 4096 elements, or 1024 where they are no multiple of four, and more than a launch has slots.
+        let large = if name == "gpu" { 8_400_000 } else { 100_000 };
+        let counts = [1, 3, 4, 4092, 4096, 4100, 8192, 40_000, 8, 12, large, 1023, 1024, 1025, 100_001];
         let mut random = Random(11);
         let gradients: Vec<_> = counts.iter().map(|&count| random.vec(count)).collect();
         // Of the mean over the micro-batches
@@ -241,13 +290,47 @@ fn the_norm_and_the_clip_of_all_gradients() {
 #[test]
 fn the_square_sums_stay_inside_their_places() {
     on_gpu(|device| {
-        let g = Random(2).vec(20_000);
-        let gradient = primitive(tensor(&g, [20_000], device));
-        let sums = Guarded::holding(&[0.0; 5], [5], device);
-        adamw::launch_square_sums(&gradient, &sums.inside, 1);
-        let want = g.iter().map(|g| g * g).sum::<f64>();
-        let sums = sums.values("sums");
-        assert_eq!((sums[0], sums[4]), (0.0, 0.0), "the places of other gradients");
-        assert_close("sums", &[sums.iter().sum::<f64>() / want], &[1.0], 1e-6);
+        let mut random = Random(2);
+        let gradients: Vec<_> = COUNTS.iter().map(|&count| random.vec(count)).collect();
+        let square_sum = |part: &[f64]| part.iter().map(|g| g * g).sum::<f64>();
+        let share = |g: &[f64]| if g.len().is_multiple_of(4) { 4096 } else { 1024 };
+        let wanted: Vec<f64> = gradients.iter().flat_map(|g| g.chunks(share(g)).map(square_sum)).collect();
+        assert_eq!(adamw::places(COUNTS), wanted.len());
+        let tensors: Vec<_> = gradients.iter().map(|g| primitive(tensor(g, [g.len()], device))).collect();
+        let tensors: Vec<_> = tensors.iter().collect();
+        let runs = SLOTS.map(|most| {
+            let sums = Guarded::new([wanted.len()], device);
+            adamw::launch_square_sums(&tensors, &sums.inside, most);
+            sums.values("sums")
+        });
+        for sums in &runs {
+            assert_close("sums", sums, &wanted, 1e-6);
+            assert_eq!(sums, &runs[0], "the bits depend on the slots");
+        }
     });
+}
+
+/// Whether the loss scale is one is what the memory says, not what it is: in f16 it may come down to 1.
+#[test]
+fn a_loss_scale_is_taken_up_again_unless_the_type_changes() {
+    let device = Device::flex();
+    let scale = |optimizer: &Optimizer| values(optimizer.memory.clone())[state::LOSS_SCALE];
+    let taken_up = |memory: &[f32], f16: bool| {
+        let optimizer = Optimizer::with_memory(memory.to_vec(), f16, &device);
+        let stored: Vec<f32> = values(optimizer.memory.clone()).iter().map(|v| *v as f32).collect();
+        (scale(&optimizer), stored)
+    };
+    let [(in_f16, f16), (in_f32, f32)] = [true, false].map(|f16| taken_up(&first_state(1.0, 0), f16));
+    assert_eq!((in_f16, in_f32), (f64::from(FIRST_SCALE), 1.0));
+    for fallen in [1.0, 0.25, 4096.0] {
+        let mut memory = f16.clone();
+        memory[state::LOSS_SCALE] = fallen;
+        assert_eq!(taken_up(&memory, true).0, f64::from(fallen));
+        assert_eq!(taken_up(&memory, false).0, 1.0);
+        // Written before it was said
+        memory[state::HAS_SCALE] = 0.0;
+        let want = if fallen == 1.0 { FIRST_SCALE } else { fallen };
+        assert_eq!(taken_up(&memory, true).0, f64::from(want));
+    }
+    assert_eq!((taken_up(&f32, true).0, taken_up(&f32, false).0), (f64::from(FIRST_SCALE), 1.0));
 }

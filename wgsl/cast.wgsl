@@ -1,24 +1,26 @@
-// y = x, rounded to the header's type. One invocation handles one lane. Prepend lanes4.wgsl or lanes1.wgsl.
+// y = x of several tensors, rounded to the header's type. Prepend lanes4.wgsl or lanes1.wgsl, cast_slot.wgsl for each slot, and
+// slots.wgsl.
 //
-// Header: elem (f16), WIDTH.
-// Workgroup: 256. Grid: ceil(count / 256) workgroups, folded into (x, y) when over 65535.
-// Bindings: 0 x (count * WIDTH) f32; 1 y (count * WIDTH) elem, written; 2 params.
+// Header: elem (f16), WIDTH, SLOTS, CHUNK.
+// Workgroup: 256 threads. Grid: the workgroups of all slots, folded into (x, y).
+//
+// Bindings: x, y of each slot; then params.
 
 struct Params {
-    count: u32, // lanes
+    groups: u32,
+    before: u32,
     pad_0: u32,
     pad_1: u32,
-    pad_2: u32,
+    slots: array<Slot, SLOTS>,
 }
 
-@group(0) @binding(0) var<storage, read_write> x: array<lanes>;
-@group(0) @binding(1) var<storage, read_write> y: array<stored>;
-@group(0) @binding(2) var<uniform> params: Params;
+@group(0) @binding(2u * SLOTS) var<uniform> params: Params;
 
-@compute @workgroup_size(256)
-fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) grid: vec3<u32>) {
-    let index = id.y * grid.x * 256u + id.x;
-    if (index < params.count) {
-        y[index] = stored(x[index]);
-    }
+@compute @workgroup_size(THREADS)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    visit_share(workgroup.y * grid.x + workgroup.x, thread);
 }

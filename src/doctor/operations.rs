@@ -5,7 +5,7 @@ use burn::tensor::{Gradients, Int, Tensor, TensorData};
 
 use super::{Bed, Outcome, Seen};
 use crate::checkpoint::read;
-use crate::ops::adamw::{AdamW, adamw};
+use crate::ops::adamw::{AdamW, Parameter, adamw};
 use crate::ops::attention::causal_attention;
 use crate::ops::attention::tiles::HEAD_DIMS;
 use crate::ops::cross_entropy::cross_entropy;
@@ -214,15 +214,21 @@ fn masks(bed: &Bed) -> Result<Seen> {
     Ok(bed.worst(&[bed.distance(got, &want)?]))
 }
 
+/// Two parameters at once, one of them no multiple of four and without decay.
 fn updates(bed: &Bed) -> Result<Seen> {
-    let count = 1003;
     let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
-    let mut random = Values::new(count);
-    let [mut p, g, mut m] = [count; 3].map(|count| random.take(count));
-    let mut v: Vec<f64> = random.take(count).iter().map(|value| f64::from((value * value) as f32)).collect();
-    let tensor = |values: &[f64]| bed.tensor(values, [count]);
-    let (new_p, new_m, new_v) =
-        adamw(tensor(&p), tensor(&g), tensor(&m), tensor(&v), bed.tensor(&twins::verdict(0.5, hyper, 3), [4]), hyper);
-    twins::adamw(&mut p, &g, &mut m, &mut v, 0.5, hyper, 3);
-    Ok(bed.worst(&[bed.distance(new_p, &p)?, bed.distance(new_m, &m)?, bed.distance(new_v, &v)?]))
+    let tensor = |values: &[f64]| bed.tensor(values, [values.len()]);
+    let (mut parameters, mut wanted) = (Vec::new(), Vec::new());
+    for (count, decays) in [(1003, false), (2052, true)] {
+        let mut random = Values::new(count);
+        let [mut p, g, mut m] = [count; 3].map(|count| random.take(count));
+        let mut v: Vec<f64> = random.take(count).iter().map(|value| f64::from((value * value) as f32)).collect();
+        parameters.push(Parameter { p: tensor(&p), g: tensor(&g), m: tensor(&m), v: tensor(&v), decays });
+        let alone = AdamW { weight_decay: if decays { hyper.weight_decay } else { 0.0 }, ..hyper };
+        twins::adamw(&mut p, &g, &mut m, &mut v, 0.5, alone, 3);
+        wanted.extend([p, m, v]);
+    }
+    let updated = adamw(parameters, tensor(&twins::verdict(0.5, hyper, 3)), hyper);
+    let distances = updated.into_iter().flatten().zip(&wanted).map(|(got, want)| bed.distance(got, want));
+    Ok(bed.worst(&distances.collect::<Result<Vec<_>>>()?))
 }

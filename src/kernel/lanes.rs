@@ -22,6 +22,11 @@ impl Lanes {
         Self { width, count: columns / width }
     }
 
+    /// Whether a lane is four elements.
+    pub fn is_quads(self) -> bool {
+        self.width == 4
+    }
+
     /// A kernel made of `files` for lanes of this width: activations are stored in f16 or f32, `constants` are declared in its
     /// header, and what the lanes are is put in front of the files.
     pub fn kernel(
@@ -34,7 +39,7 @@ impl Lanes {
     ) -> Kernel {
         let (enable, elem) = if f16 { ("enable f16;\n", "f16") } else { ("", "f32") };
         let header = format!("{enable}alias elem = {elem};\nconst WIDTH: u32 = {}u;\n{constants}", self.width);
-        let lanes = if self.width == 4 {
+        let lanes = if self.is_quads() {
             include_str!("../../wgsl/lanes4.wgsl")
         } else {
             include_str!("../../wgsl/lanes1.wgsl")

@@ -56,8 +56,6 @@ struct Half {
     normed: Buffer,
     /// Attention: qkv, out, lse. MLP: h, gelu(h).
     inside: Vec<Buffer>,
-    /// The weights of both products in f16, where activations are.
-    weights: Vec<Buffer>,
 }
 
 /// What a block keeps, by the shape's [`Recompute`].
@@ -170,6 +168,7 @@ impl Replayer<'_> {
         let parameters: Vec<Buffer> = sizes.iter().map(|&size| self.take(Use::Parameters, "a weight", size)).collect();
         let mut moments = Vec::new();
         for _ in 0..STEPS {
+            let rounded = self.rounded_weights();
             self.micro_step();
             if self.shape.accumulates {
                 let sum = std::mem::take(&mut self.gradients);
@@ -179,19 +178,20 @@ impl Replayer<'_> {
                 let gradients = std::mem::replace(&mut self.gradients, sum);
                 self.give_all(gradients); // added into the sum
             }
-            // Made from the last layer to the first, given back in the parameters' order.
-            let mut gradients = std::mem::take(&mut self.gradients).into_iter().rev();
-            for &size in &sizes {
-                if moments.len() < 2 * sizes.len() {
-                    moments.extend([(); 2].map(|()| self.take(Use::Optimizer, "a moment", size)));
-                }
-                if self.is_composed() {
+            self.give_all(rounded);
+            if moments.is_empty() {
+                let pairs = sizes.iter().flat_map(|&size| [size; 2]);
+                moments = pairs.map(|size| self.take(Use::Optimizer, "a moment", size)).collect();
+            }
+            if self.is_composed() {
+                for &size in &sizes {
                     let temporary = [(); 3].map(|()| self.take(Use::Workspace, "an update", size));
                     self.give_all(temporary);
                 }
-                self.give_all(gradients.next());
             }
-            self.give_all(gradients);
+            // Made from the last layer to the first, given back in the parameters' order.
+            let gradients = std::mem::take(&mut self.gradients);
+            self.give_all(gradients.into_iter().rev());
         }
         self.give_all(parameters.into_iter().chain(moments));
     }
@@ -218,6 +218,16 @@ impl Replayer<'_> {
         }
         norm(&mut sizes);
         sizes.iter().map(|elements| elements * F32).collect()
+    }
+
+    /// The weights of the blocks' products in f16, where activations are.
+    fn rounded_weights(&mut self) -> Vec<Buffer> {
+        if !self.shape.f16 {
+            return Vec::new();
+        }
+        let (c, blocks) = (self.channels(), self.shape.gpt.n_layer);
+        let sizes = [3, 1, 4, 4].repeat(blocks).into_iter().map(|times| times * c * c);
+        sizes.map(|elements| self.take(Use::Activations, "a weight in f16", 2 * elements)).collect()
     }
 
     /// Forward and backward of one micro-batch.
@@ -269,21 +279,11 @@ impl Replayer<'_> {
     /// Leaves the input of half a block.
     fn forget(&mut self, half: Half) -> Buffer {
         self.give(half.normed);
-        self.give_all(half.stats.into_iter().chain(half.inside).chain(half.weights));
+        self.give_all(half.stats.into_iter().chain(half.inside));
         half.x
     }
 
-    /// Both weights of half a block in f16, where activations are: (first, C), (C, last).
-    fn half_weights(&mut self, first: u64, last: u64) -> Vec<Buffer> {
-        if !self.shape.f16 {
-            return Vec::new();
-        }
-        let c = self.channels();
-        [first, last].map(|times| self.take(Use::Activations, "a weight in f16", 2 * times * c * c)).into()
-    }
-
     fn attention(&mut self, x: Buffer) -> (Buffer, Half) {
-        let weights = self.half_weights(3, 1);
         let normed = self.activation("x", 1);
         let stats = self.stats();
         let qkv = self.activation("qkv", 3);
@@ -293,16 +293,15 @@ impl Replayer<'_> {
         let out = self.activation("x", 1);
         let lse = self.take(Use::Activations, "the attention's row sums", self.row_values());
         let y = self.activation("x", 1);
-        (y, Half { x, stats, normed, inside: vec![qkv, out, lse], weights })
+        (y, Half { x, stats, normed, inside: vec![qkv, out, lse] })
     }
 
     fn mlp(&mut self, x: Buffer) -> (Buffer, Half) {
-        let weights = self.half_weights(4, 4);
         let normed = self.activation("x", 1);
         let stats = self.stats();
         let inside = vec![self.activation("the MLP's hidden layer", 4), self.activation("the MLP's hidden layer", 4)];
         let y = self.activation("x", 1);
-        (y, Half { x, stats, normed, inside, weights })
+        (y, Half { x, stats, normed, inside })
     }
 
     /// `count` matrices (B, H, T, T) at once, which only composed attention makes.
@@ -449,9 +448,7 @@ impl Replayer<'_> {
         }
         let dh = self.cotangent("the MLP's hidden layer", 4);
         self.give_all(h.into_iter().chain([dhidden]));
-        let dx = self.input_backward(dy, dh, 4, (half.x, half.stats, half.normed));
-        self.give_all(half.weights);
-        dx
+        self.input_backward(dy, dh, 4, (half.x, half.stats, half.normed))
     }
 
     fn attention_backward(&mut self, dy: Buffer, half: Half) -> Buffer {
@@ -462,9 +459,7 @@ impl Replayer<'_> {
         }
         let dqkv = self.cotangent("qkv", 3);
         self.give_all(half.inside.into_iter().chain([dout, delta]));
-        let dx = self.input_backward(dy, dqkv, 3, (half.x, half.stats, half.normed));
-        self.give_all(half.weights);
-        dx
+        self.input_backward(dy, dqkv, 3, (half.x, half.stats, half.normed))
     }
 
     /// dwte, to which the head's is added, and dwpe.

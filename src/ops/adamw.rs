@@ -1,4 +1,4 @@
-//! AdamW's update of one parameter, and the sums of squares that the gradients' global norm is made of. Not differentiable.
+//! AdamW's update of all parameters, and the sums of squares that the gradients' global norm is made of. Not differentiable.
 
 use burn::backend::{
     Backend, Dispatch, Flex, TensorMetadata, backend_extension, get_device_settings, tensor::FloatTensor,
@@ -6,8 +6,10 @@ use burn::backend::{
 use burn::tensor::{Shape, Slice, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
-use crate::kernel::lanes::{Lanes, serves};
-use crate::kernel::{Kernel, fold, own};
+use super::Tensors;
+use crate::kernel::lanes::serves;
+use crate::kernel::slots::{self, Slot, SlotKernel};
+use crate::kernel::{Kernel, empty, own};
 
 /// The numbers of one AdamW step. Loshchilov and Hutter's decoupled decay, with PyTorch's order of operations. The bias
 /// correction, which counts the updates made, comes with the verdict.
@@ -21,77 +23,111 @@ pub struct AdamW {
     pub beta2: f64,
     /// Added to the denominator.
     pub eps: f64,
-    /// Decoupled weight decay.
+    /// Decoupled weight decay of the parameters that decay.
     pub weight_decay: f64,
 }
 
 impl AdamW {
-    /// β1, 1 - β1, β2, 1 - β2, the decay's 1 - lr λ, and ε: each made in f64, used in f32.
-    pub fn factors(&self) -> [f32; 6] {
-        let keep = 1.0 - self.lr * self.weight_decay;
-        [self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, keep, self.eps].map(|factor| factor as f32)
+    /// β1, 1 - β1, β2, 1 - β2 and ε: each made in f64, used in f32.
+    pub fn factors(&self) -> [f32; 5] {
+        [self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, self.eps].map(|factor| factor as f32)
+    }
+
+    /// What a parameter that decays, or does not, is multiplied by: 1 - lr λ or 1.
+    pub fn keep(&self, decays: bool) -> f64 {
+        if decays { 1.0 - self.lr * self.weight_decay } else { 1.0 }
     }
 }
 
 /// The optimizer's element-wise work.
 #[backend_extension(Cube, Flex)]
 pub trait AdamWOps: Backend {
-    /// p, g, m, v of one shape and a verdict ([`crate::ops::verdict::VERDICT`]) -> new (p, m, v).
+    /// p, g, m, v, whether it decays, each of every parameter, and a verdict ([`crate::ops::verdict::VERDICT`]) -> new (p, m, v).
     fn adamw(
-        p: FloatTensor<Self>,
-        g: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
+        #[extension_type] p: Tensors<Self>,
+        #[extension_type] g: Tensors<Self>,
+        #[extension_type] m: Tensors<Self>,
+        #[extension_type] v: Tensors<Self>,
         verdict: FloatTensor<Self>,
+        decays: Vec<bool>,
         hyper: AdamW,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        composed_update::<Self>(p, g, m, v, verdict, hyper)
+    ) -> (Tensors<Self>, Tensors<Self>, Tensors<Self>) {
+        let update = |p, g, m, v, decays| composed_update::<Self>(p, g, m, v, verdict.clone(), hyper, decays);
+        one_by_one([p, g, m, v], decays, update)
     }
 
-    /// `sums` (N) with partial sums of g² in the elements from `first` on, at most one for every 8192 of g; what they add up to is Σ g². The
-    /// elements must be 0 before.
-    fn square_sums(g: FloatTensor<Self>, sums: FloatTensor<Self>, first: usize) -> FloatTensor<Self> {
-        composed_square_sums::<Self>(g, sums, first)
+    /// At least one gradient -> sums (N) that add up to Σ g² over all of them.
+    fn square_sums(#[extension_type] gradients: Tensors<Self>) -> FloatTensor<Self> {
+        composed_square_sums::<Self>(gradients)
     }
 }
 
 impl AdamWOps for Flex {
     /// The same arithmetic in one pass over memory instead of seventeen, in place where nobody else holds the tensors.
     fn adamw(
-        mut p: FloatTensor<Self>,
-        g: FloatTensor<Self>,
-        mut m: FloatTensor<Self>,
-        mut v: FloatTensor<Self>,
+        p: Tensors<Self>,
+        g: Tensors<Self>,
+        m: Tensors<Self>,
+        v: Tensors<Self>,
         verdict: FloatTensor<Self>,
+        decays: Vec<bool>,
         hyper: AdamW,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let (g, verdict) = (g.to_contiguous(), verdict.to_contiguous());
+    ) -> (Tensors<Self>, Tensors<Self>, Tensors<Self>) {
+        let verdict = verdict.to_contiguous();
         let first = verdict.layout().start_offset();
         let [factor, applied, rate, root_factor] = std::array::from_fn(|i| verdict.storage::<f32>()[first + i]);
         if applied == 0.0 {
             return (p, m, v);
         }
-        for tensor in [&mut p, &mut m, &mut v] {
-            if !tensor.is_contiguous() || tensor.layout().start_offset() != 0 {
-                *tensor = tensor.to_contiguous();
+        let [beta1, rest1, beta2, rest2, eps] = hyper.factors();
+        one_by_one([p, g, m, v], decays, |mut p: FloatTensor<Self>, g, mut m, mut v, decays| {
+            let g = g.to_contiguous();
+            for tensor in [&mut p, &mut m, &mut v] {
+                if !tensor.is_contiguous() || tensor.layout().start_offset() != 0 {
+                    *tensor = tensor.to_contiguous();
+                }
             }
-        }
-        let [beta1, rest1, beta2, rest2, keep, eps] = hyper.factors();
-        let offset = g.layout().start_offset();
-        let count = g.layout().num_elements();
-        let gradients = &g.storage::<f32>()[offset..offset + count];
-        let (ps, ms, vs) = (p.storage_mut::<f32>(), m.storage_mut::<f32>(), v.storage_mut::<f32>());
-        for (((p, m), v), g) in ps.iter_mut().zip(ms).zip(vs).zip(gradients) {
-            let g = g * factor;
-            *m = *m * beta1 + g * rest1;
-            *v = *v * beta2 + g * g * rest2;
-            *p = *p * keep - rate * *m / (v.sqrt() * root_factor + eps);
-        }
-        (p, m, v)
+            let keep = hyper.keep(decays) as f32;
+            let offset = g.layout().start_offset();
+            let count = g.layout().num_elements();
+            let gradients = &g.storage::<f32>()[offset..offset + count];
+            let (ps, ms, vs) = (p.storage_mut::<f32>(), m.storage_mut::<f32>(), v.storage_mut::<f32>());
+            for (((p, m), v), g) in ps.iter_mut().zip(ms).zip(vs).zip(gradients) {
+                let g = g * factor;
+                *m = *m * beta1 + g * rest1;
+                *v = *v * beta2 + g * g * rest2;
+                *p = *p * keep - rate * *m / (v.sqrt() * root_factor + eps);
+            }
+            (p, m, v)
+        })
     }
 }
 
-/// The whole of [`AdamWOps::adamw`]'s default, for the GPU path to fall back on.
+/// The new (p, m, v) of every parameter of (p, g, m, v), updated one after the other.
+fn one_by_one<B: Backend>(
+    parameters: [Tensors<B>; 4],
+    decays: Vec<bool>,
+    update: impl Fn(
+        FloatTensor<B>,
+        FloatTensor<B>,
+        FloatTensor<B>,
+        FloatTensor<B>,
+        bool,
+    ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>),
+) -> (Tensors<B>, Tensors<B>, Tensors<B>) {
+    let [p, g, m, v] = parameters.map(|tensors| tensors.0);
+    let parameters = p.into_iter().zip(g).zip(m).zip(v).zip(decays);
+    let updated = parameters.map(|((((p, g), m), v), decays)| update(p, g, m, v, decays));
+    let (mut p, mut m, mut v) = (Vec::new(), Vec::new(), Vec::new());
+    for (new_p, new_m, new_v) in updated {
+        p.push(new_p);
+        m.push(new_m);
+        v.push(new_v);
+    }
+    (Tensors(p), Tensors(m), Tensors(v))
+}
+
+/// One parameter's update in Burn primitives.
 fn composed_update<B: Backend>(
     p: FloatTensor<B>,
     g: FloatTensor<B>,
@@ -99,8 +135,9 @@ fn composed_update<B: Backend>(
     v: FloatTensor<B>,
     verdict: FloatTensor<B>,
     hyper: AdamW,
+    decays: bool,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let AdamW { lr, beta1, beta2, eps, weight_decay } = hyper;
+    let AdamW { beta1, beta2, eps, .. } = hyper;
     let ones = Shape::from(vec![1; p.shape().num_dims()]);
     let word = |i: usize| {
         let word = B::float_slice(verdict.clone(), &[Slice::from(i..i + 1)]);
@@ -120,7 +157,7 @@ fn composed_update<B: Backend>(
     let root = B::float_mul(B::float_sqrt(new_v.clone()), word(3));
     let denominator = B::float_add_scalar(root, eps.into());
     let update = B::float_mul(B::float_div(new_m.clone(), denominator), word(2));
-    let decayed = B::float_mul_scalar(p.clone(), (1.0 - lr * weight_decay).into());
+    let decayed = B::float_mul_scalar(p.clone(), hyper.keep(decays).into());
     let new_p = B::float_sub(decayed, update);
     // Where nothing is applied g may be NaN: the old values are taken, not multiplied.
     let bools = get_device_settings::<B>(&p.device()).bool_dtype;
@@ -130,123 +167,143 @@ fn composed_update<B: Backend>(
     (choose(new_p, p), choose(new_m, m), choose(new_v, v))
 }
 
-/// The whole of [`AdamWOps::square_sums`]'s default: one sum, the other places stay 0.
-fn composed_square_sums<B: Backend>(g: FloatTensor<B>, sums: FloatTensor<B>, first: usize) -> FloatTensor<B> {
-    let sum = B::float_sum(B::float_mul(g.clone(), g));
-    B::float_slice_assign(sums, &[Slice::from(first..first + 1)], sum)
+/// The whole of [`AdamWOps::square_sums`]'s default: one sum a gradient.
+fn composed_square_sums<B: Backend>(gradients: Tensors<B>) -> FloatTensor<B> {
+    let sums = gradients.0.into_iter().map(|g| B::float_sum(B::float_mul(g.clone(), g)));
+    B::float_cat(sums.collect(), 0)
 }
 
-/// Elements that a workgroup of the square sums adds up, and the most workgroups of one gradient.
-const GROUP_ELEMENTS: usize = 8192;
-const MOST_GROUPS: usize = 1024;
+static SQUARE_SUMS: SlotKernel = SlotKernel::new(
+    "square_sums",
+    false,
+    include_str!("../../wgsl/square_sums_slot.wgsl"),
+    include_str!("../../wgsl/square_sums.wgsl"),
+    4, // all in flight at once
+);
 
-/// How many partial sums a gradient of `count` elements has.
-fn places(count: usize) -> usize {
-    count.div_ceil(GROUP_ELEMENTS).clamp(1, MOST_GROUPS)
-}
+static UPDATE: SlotKernel = SlotKernel::new(
+    "adamw",
+    false,
+    include_str!("../../wgsl/adamw_slot.wgsl"),
+    include_str!("../../wgsl/adamw.wgsl"),
+    2,
+);
 
 /// The kernel of the partial sums of g².
-pub fn square_sums_kernel(lanes: Lanes) -> Kernel {
-    lanes.kernel("square_sums", false, "", &[include_str!("../../wgsl/square_sums.wgsl")], 256)
+pub fn square_sums_kernel() -> &'static SlotKernel {
+    &SQUARE_SUMS
 }
 
 /// The kernel of the update.
-pub fn update_kernel(lanes: Lanes) -> Kernel {
-    lanes.kernel("adamw", false, "", &[include_str!("../../wgsl/adamw.wgsl")], 256)
+pub fn update_kernel() -> &'static SlotKernel {
+    &UPDATE
 }
 
 /// Every kernel of the optimizer but the verdict's.
 pub fn kernels() -> Vec<Kernel> {
-    let by_lanes = [1, 4].map(Lanes::of).map(|lanes| [square_sums_kernel(lanes), update_kernel(lanes)]);
-    by_lanes.into_iter().flatten().collect()
+    [SQUARE_SUMS.kernels(), UPDATE.kernels()].concat()
 }
 
-/// Queues the partial sums of g² into `places(elements)` elements of `sums` from `first` on; both contiguous.
+/// Places of the partial sums of gradients of `counts` elements.
+pub fn places(counts: impl IntoIterator<Item = usize>) -> usize {
+    counts.into_iter().map(|count| SQUARE_SUMS.groups(count)).sum()
+}
+
+/// Queues the partial sums of g² of contiguous gradients, at most `most` a launch, into their [`places`] in `sums`.
 ///
 /// For the tests, which give their own outputs; the optimizer calls [`square_sums`].
-pub fn launch_square_sums(g: &CubeTensor, sums: &CubeTensor, first: usize) {
-    let count = g.meta.shape().num_elements();
-    let lanes = Lanes::of(count);
-    let groups = places(count) as u32;
-    square_sums_kernel(lanes).launch((groups, 1, 1), &[g, sums], &[lanes.count as u32, first as u32]);
+pub fn launch_square_sums(gradients: &[&CubeTensor], sums: &CubeTensor, most: usize) {
+    let slots: Vec<_> = gradients.iter().map(|g| Slot { buffers: vec![*g], factor: 0.0 }).collect();
+    SQUARE_SUMS.launch(&slots, &[sums], &[], most);
 }
 
-/// Queues the update of p, m and v in place; all contiguous.
-pub fn launch_update(
-    p: &CubeTensor,
-    g: &CubeTensor,
-    m: &CubeTensor,
-    v: &CubeTensor,
-    verdict: &CubeTensor,
-    hyper: AdamW,
-) {
-    let lanes = Lanes::of(p.meta.shape().num_elements());
-    let mut params = vec![lanes.count as u32];
-    params.extend(hyper.factors().map(f32::to_bits));
-    let groups = lanes.count.div_ceil(256) as u32;
-    update_kernel(lanes).launch(fold(groups), &[p, g, m, v, verdict], &params);
+/// Queues the update of parameters (p, g, m, v), each with whether it decays, at most `most` a launch: p, m and v in place; all
+/// contiguous.
+pub fn launch_update(parameters: &[([&CubeTensor; 4], bool)], verdict: &CubeTensor, hyper: AdamW, most: usize) {
+    let mut slots = Vec::with_capacity(parameters.len());
+    for (tensors, decays) in parameters {
+        slots.push(Slot { buffers: tensors.to_vec(), factor: hyper.keep(*decays) as f32 });
+    }
+    UPDATE.launch(&slots, &[verdict], &hyper.factors().map(f32::to_bits), most);
+}
+
+/// Whether our kernels serve all of `tensors`.
+fn serve(tensors: &Tensors<CubeBackend>) -> bool {
+    tensors.0.iter().all(|tensor| serves(tensor, Ok(())))
 }
 
 impl AdamWOps for CubeBackend {
-    /// One launch, in place where nobody else holds the tensors.
+    /// In place where nobody else holds the tensors.
     fn adamw(
-        p: FloatTensor<Self>,
-        g: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
+        p: Tensors<Self>,
+        g: Tensors<Self>,
+        m: Tensors<Self>,
+        v: Tensors<Self>,
         verdict: FloatTensor<Self>,
+        decays: Vec<bool>,
         hyper: AdamW,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        if !serves(&p, Ok(())) {
-            return composed_update::<Self>(p, g, m, v, verdict, hyper);
+    ) -> (Tensors<Self>, Tensors<Self>, Tensors<Self>) {
+        if !serve(&p) {
+            let update = |p, g, m, v, decays| composed_update::<Self>(p, g, m, v, verdict.clone(), hyper, decays);
+            return one_by_one([p, g, m, v], decays, update);
         }
-        let (g, verdict) = (into_contiguous(g), into_contiguous(verdict));
-        let (p, m, v) = (own(p), own(m), own(v));
-        launch_update(&p, &g, &m, &v, &verdict, hyper);
-        (p, m, v)
+        let [p, m, v] = [p, m, v].map(|tensors| tensors.0.into_iter().map(own).collect::<Vec<_>>());
+        let g: Vec<_> = g.0.into_iter().map(into_contiguous).collect();
+        let tensors = p.iter().zip(&g).zip(&m).zip(&v).map(|(((p, g), m), v)| [p, g, m, v]);
+        let parameters: Vec<_> = tensors.zip(decays).collect();
+        let verdict = into_contiguous(verdict);
+        launch_update(&parameters, &verdict, hyper, slots::most(&verdict, 4, 1));
+        (Tensors(p), Tensors(m), Tensors(v))
     }
 
-    fn square_sums(g: FloatTensor<Self>, sums: FloatTensor<Self>, first: usize) -> FloatTensor<Self> {
-        if !serves(&g, Ok(())) {
-            return composed_square_sums::<Self>(g, sums, first);
+    fn square_sums(gradients: Tensors<Self>) -> FloatTensor<Self> {
+        if !serve(&gradients) {
+            return composed_square_sums::<Self>(gradients);
         }
-        let (g, sums) = (into_contiguous(g), own(sums));
-        launch_square_sums(&g, &sums, first);
+        let gradients: Vec<_> = gradients.0.into_iter().map(into_contiguous).collect();
+        let gradients: Vec<_> = gradients.iter().collect();
+        let counts = gradients.iter().map(|g| g.meta.shape().num_elements());
+        let sums = empty(gradients[0], Shape::new([places(counts)]));
+        launch_square_sums(&gradients, &sums, slots::most(&sums, 1, 1));
         sums
     }
 }
 
-/// New (p, m, v) of one parameter of any shape, by a verdict ([`crate::ops::verdict::VERDICT`]).
-pub fn adamw<const D: usize>(
-    p: Tensor<D>,
-    g: Tensor<D>,
-    m: Tensor<D>,
-    v: Tensor<D>,
-    verdict: Tensor<1>,
-    hyper: AdamW,
-) -> (Tensor<D>, Tensor<D>, Tensor<D>) {
-    let (p, m, v) = <Dispatch as AdamWOps>::adamw(
-        p.into_dispatch(),
-        g.into_dispatch(),
-        m.into_dispatch(),
-        v.into_dispatch(),
-        verdict.into_dispatch(),
-        hyper,
-    );
-    (Tensor::from_dispatch(p), Tensor::from_dispatch(m), Tensor::from_dispatch(v))
+/// One parameter for the update, flattened.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    /// Its value.
+    pub p: Tensor<1>,
+    /// Its gradient.
+    pub g: Tensor<1>,
+    /// First moment.
+    pub m: Tensor<1>,
+    /// Second moment.
+    pub v: Tensor<1>,
+    /// Whether it decays.
+    pub decays: bool,
+}
+
+/// New [p, m, v] of every parameter, by a verdict ([`crate::ops::verdict::VERDICT`]).
+pub fn adamw(parameters: Vec<Parameter>, verdict: Tensor<1>, hyper: AdamW) -> Vec<[Tensor<1>; 3]> {
+    let (mut p, mut g, mut m, mut v, mut decays) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for parameter in parameters {
+        p.push(parameter.p);
+        g.push(parameter.g);
+        m.push(parameter.m);
+        v.push(parameter.v);
+        decays.push(parameter.decays);
+    }
+    let [p, g, m, v] = [p, g, m, v].map(Tensors::of);
+    let (p, m, v) = <Dispatch as AdamWOps>::adamw(p, g, m, v, verdict.into_dispatch(), decays, hyper);
+    let updated = p.into_tensors().zip(m.into_tensors()).zip(v.into_tensors());
+    updated.map(|((p, m), v)| [p, m, v]).collect()
 }
 
 /// Partial sums of squares, on the device, that add up to Σ g² over all gradients. None where there is no gradient.
-pub fn square_sums<'a>(gradients: impl Iterator<Item = &'a Tensor<1>> + Clone) -> Option<Tensor<1>> {
-    let device = gradients.clone().next()?.device();
-    let total: usize = gradients.clone().map(|g| places(g.dims()[0])).sum();
-    let mut sums = Tensor::<1>::zeros([total], &device).into_dispatch();
-    let mut first = 0;
-    for gradient in gradients {
-        sums = <Dispatch as AdamWOps>::square_sums(gradient.clone().into_dispatch(), sums, first);
-        first += places(gradient.dims()[0]);
-    }
-    Some(Tensor::from_dispatch(sums))
+pub fn square_sums<'a>(gradients: impl Iterator<Item = &'a Tensor<1>>) -> Option<Tensor<1>> {
+    let gradients = Tensors::of(gradients.cloned());
+    (!gradients.0.is_empty()).then(|| Tensor::from_dispatch(<Dispatch as AdamWOps>::square_sums(gradients)))
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! the norm's gradient is made, and costs the host one node instead of five.
 
 use burn::backend::{
-    Autodiff, Dispatch, Flex, TensorMetadata,
+    Autodiff, Backend, Dispatch, ExtensionType, Flex,
     autodiff::{
         NodeId,
         checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -19,45 +19,31 @@ use burn_cubecl::CubeBackend;
 
 use super::Optional;
 use super::attention::AttentionOps;
-use super::cast::CastOps;
+use super::cast::to_f16;
 use super::dropout::Dropout;
 use super::layer_norm::LayerNormOps;
 use super::linear::{Gelu, LinearOps};
 
-/// Half blocks. Biases are all there, or none is.
+/// Half blocks.
 #[backend_extension(Cube, Flex, Autodiff)]
-pub trait BlockOps: AttentionOps + CastOps + LayerNormOps + LinearOps {
+pub trait BlockOps: AttentionOps + LayerNormOps + LinearOps {
     /// x + dropout(attention(norm(x) w_inᵀ + b_in) w_outᵀ + b_out): x (B, T, C), norm (C), w_in (3C, C), w_out (C, C) -> (B, T, C).
-    #[allow(clippy::too_many_arguments)]
     fn attention_block(
         x: FloatTensor<Self>,
-        norm_w: FloatTensor<Self>,
-        #[extension_type] norm_b: Optional<Self>,
-        w_in: FloatTensor<Self>,
-        #[extension_type] b_in: Optional<Self>,
-        w_out: FloatTensor<Self>,
-        #[extension_type] b_out: Optional<Self>,
+        #[extension_type] weights: Weights<Self>,
         n_head: usize,
         dropouts: [Dropout; 2],
     ) -> FloatTensor<Self> {
-        let weights = Weights { norm_w, norm_b, w_in, b_in, w_out, b_out };
         forward::<Self>(x, weights, Branch::Attention(n_head, dropouts[0]), dropouts[1]).0
     }
 
     /// x + dropout(gelu(norm(x) w_inᵀ + b_in) w_outᵀ + b_out): x (B, T, C), norm (C), w_in (4C, C), w_out (C, 4C) -> (B, T, C).
-    #[allow(clippy::too_many_arguments)]
     fn mlp_block(
         x: FloatTensor<Self>,
-        norm_w: FloatTensor<Self>,
-        #[extension_type] norm_b: Optional<Self>,
-        w_in: FloatTensor<Self>,
-        #[extension_type] b_in: Optional<Self>,
-        w_out: FloatTensor<Self>,
-        #[extension_type] b_out: Optional<Self>,
+        #[extension_type] weights: Weights<Self>,
         gelu: Gelu,
         dropout: Dropout,
     ) -> FloatTensor<Self> {
-        let weights = Weights { norm_w, norm_b, w_in, b_in, w_out, b_out };
         forward::<Self>(x, weights, Branch::Mlp(gelu), dropout).0
     }
 }
@@ -65,13 +51,23 @@ pub trait BlockOps: AttentionOps + CastOps + LayerNormOps + LinearOps {
 impl BlockOps for Flex {}
 impl BlockOps for CubeBackend {}
 
-/// The parameters of a half block.
-struct Weights<B: BlockOps> {
+/// The parameters of a half block. Biases are all there, or none is.
+#[derive(ExtensionType, Clone, Debug)]
+pub struct Weights<B: Backend> {
     norm_w: FloatTensor<B>,
+    #[extension_type]
     norm_b: Optional<B>,
     w_in: FloatTensor<B>,
+    /// What is multiplied instead of w_in where x is f16: its copy in f16. The gradient is w_in's.
+    #[extension_type]
+    rounded_in: Optional<B>,
+    #[extension_type]
     b_in: Optional<B>,
     w_out: FloatTensor<B>,
+    /// As rounded_in.
+    #[extension_type]
+    rounded_out: Optional<B>,
+    #[extension_type]
     b_out: Optional<B>,
 }
 
@@ -110,9 +106,8 @@ fn forward<B: BlockOps>(
     branch: Branch,
     dropout: Dropout,
 ) -> (FloatTensor<B>, Saved<B>) {
-    let Weights { norm_w, norm_b, w_in, b_in, w_out, b_out } = weights;
-    let for_products = |w| if x.dtype() == DType::F16 { B::to_f16(w) } else { w };
-    let (w_in, w_out) = (for_products(w_in), for_products(w_out));
+    let Weights { norm_w, norm_b, w_in, rounded_in, b_in, w_out, rounded_out, b_out } = weights;
+    let (w_in, w_out) = (rounded_in.unwrap_or(w_in), rounded_out.unwrap_or(w_out));
     let (normed, mean, rstd) = B::layer_norm_forward(x.clone(), norm_w.clone(), norm_b);
     let (inner, outer, lse) = match branch {
         Branch::Attention(n_head, dropout) => {
@@ -186,31 +181,14 @@ impl<B: BlockOps, const N: usize> Backward<B, N> for BlockBackward<N> {
 impl<B: BlockOps, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
     fn attention_block(
         x: FloatTensor<Self>,
-        norm_w: FloatTensor<Self>,
-        norm_b: Optional<Self>,
-        w_in: FloatTensor<Self>,
-        b_in: Optional<Self>,
-        w_out: FloatTensor<Self>,
-        b_out: Optional<Self>,
+        weights: Weights<Self>,
         n_head: usize,
         dropouts: [Dropout; 2],
     ) -> FloatTensor<Self> {
-        let weights = Weights { norm_w, norm_b, w_in, b_in, w_out, b_out };
         record::<B, C>(x, weights, Branch::Attention(n_head, dropouts[0]), dropouts[1])
     }
 
-    fn mlp_block(
-        x: FloatTensor<Self>,
-        norm_w: FloatTensor<Self>,
-        norm_b: Optional<Self>,
-        w_in: FloatTensor<Self>,
-        b_in: Optional<Self>,
-        w_out: FloatTensor<Self>,
-        b_out: Optional<Self>,
-        gelu: Gelu,
-        dropout: Dropout,
-    ) -> FloatTensor<Self> {
-        let weights = Weights { norm_w, norm_b, w_in, b_in, w_out, b_out };
+    fn mlp_block(x: FloatTensor<Self>, weights: Weights<Self>, gelu: Gelu, dropout: Dropout) -> FloatTensor<Self> {
         record::<B, C>(x, weights, Branch::Mlp(gelu), dropout)
     }
 }
@@ -222,14 +200,16 @@ fn record<B: BlockOps, C: CheckpointStrategy>(
     branch: Branch,
     dropout: Dropout,
 ) -> FloatTensor<Autodiff<B, C>> {
-    let Weights { norm_w, norm_b, w_in, b_in, w_out, b_out } = weights;
+    let Weights { norm_w, norm_b, w_in, rounded_in, b_in, w_out, rounded_out, b_out } = weights;
     let inner = |tensor: &FloatTensor<Autodiff<B, C>>| tensor.primitive().clone();
     let below = Weights {
         norm_w: inner(&norm_w),
         norm_b: norm_b.inner(),
         w_in: inner(&w_in),
+        rounded_in: rounded_in.inner(),
         b_in: b_in.inner(),
         w_out: inner(&w_out),
+        rounded_out: rounded_out.inner(),
         b_out: b_out.inner(),
     };
     let (y, saved) = forward::<B>(inner(&x), below, branch, dropout);
@@ -249,61 +229,69 @@ fn record<B: BlockOps, C: CheckpointStrategy>(
     }
 }
 
-/// The parameters of a half block: the norm's weight (C) and bias (C), then weight (out, in) and bias (out) of the first and of
-/// the second product.
+/// The parameters of a half block.
 pub struct Parameters {
-    /// The norm's.
+    /// The norm's weight (C) and bias (C).
     pub norm: (Tensor<1>, Option<Tensor<1>>),
     /// The first product's.
-    pub inner: (Tensor<2>, Option<Tensor<1>>),
+    pub inner: Layer,
     /// The second product's.
-    pub outer: (Tensor<2>, Option<Tensor<1>>),
+    pub outer: Layer,
+}
+
+/// The parameters of a product.
+pub struct Layer {
+    /// (out, in) f32.
+    pub weight: Tensor<2>,
+    /// The weight in f16, without autodiff, where somebody has it.
+    pub rounded: Option<Tensor<2>>,
+    /// (out).
+    pub bias: Option<Tensor<1>>,
 }
 
 impl Parameters {
-    /// Zeros for the biases that are missing where another is there.
-    fn complete(mut self) -> Self {
+    /// Zeros for the biases that are missing where another is there, and copies of the weights in f16 where x is and they are
+    /// missing.
+    fn complete(mut self, x: &Tensor<3>) -> Weights<Dispatch> {
         let Self { norm, inner, outer } = &mut self;
-        if norm.1.is_some() || inner.1.is_some() || outer.1.is_some() {
+        if norm.1.is_some() || inner.bias.is_some() || outer.bias.is_some() {
             let zeros = |count: usize| Tensor::zeros([count], &norm.0.device());
-            let counts = [norm.0.dims()[0], inner.0.dims()[0], outer.0.dims()[0]];
-            for (bias, count) in [&mut norm.1, &mut inner.1, &mut outer.1].into_iter().zip(counts) {
+            let counts = [norm.0.dims()[0], inner.weight.dims()[0], outer.weight.dims()[0]];
+            for (bias, count) in [&mut norm.1, &mut inner.bias, &mut outer.bias].into_iter().zip(counts) {
                 bias.get_or_insert_with(|| zeros(count));
             }
         }
-        self
+        for layer in [inner, outer] {
+            if x.dtype() != DType::F16 {
+                layer.rounded = None;
+            } else if layer.rounded.is_none() {
+                layer.rounded = Some(to_f16(layer.weight.clone().inner()));
+            }
+        }
+        let Self { norm, inner, outer } = self;
+        Weights {
+            norm_w: norm.0.into_dispatch(),
+            norm_b: Optional::of(norm.1),
+            w_in: inner.weight.into_dispatch(),
+            rounded_in: Optional::of(inner.rounded),
+            b_in: Optional::of(inner.bias),
+            w_out: outer.weight.into_dispatch(),
+            rounded_out: Optional::of(outer.rounded),
+            b_out: Optional::of(outer.bias),
+        }
     }
 }
 
 /// x + dropout(attention(norm(x))), its dropout the second, the first on the probabilities: x (B, T, C) -> (B, T, C). Weights are
 /// f32 and are multiplied in x's type.
 pub fn attention_block(x: Tensor<3>, parameters: Parameters, n_head: usize, dropouts: [Dropout; 2]) -> Tensor<3> {
-    let Parameters { norm, inner, outer } = parameters.complete();
-    Tensor::from_dispatch(<Dispatch as BlockOps>::attention_block(
-        x.into_dispatch(),
-        norm.0.into_dispatch(),
-        Optional::of(norm.1),
-        inner.0.into_dispatch(),
-        Optional::of(inner.1),
-        outer.0.into_dispatch(),
-        Optional::of(outer.1),
-        n_head,
-        dropouts,
-    ))
+    let weights = parameters.complete(&x);
+    let y = <Dispatch as BlockOps>::attention_block(x.into_dispatch(), weights, n_head, dropouts);
+    Tensor::from_dispatch(y)
 }
 
 /// x + dropout(mlp(norm(x))): x (B, T, C) -> (B, T, C). Weights are f32 and are multiplied in x's type.
 pub fn mlp_block(x: Tensor<3>, parameters: Parameters, gelu: Gelu, dropout: Dropout) -> Tensor<3> {
-    let Parameters { norm, inner, outer } = parameters.complete();
-    Tensor::from_dispatch(<Dispatch as BlockOps>::mlp_block(
-        x.into_dispatch(),
-        norm.0.into_dispatch(),
-        Optional::of(norm.1),
-        inner.0.into_dispatch(),
-        Optional::of(inner.1),
-        outer.0.into_dispatch(),
-        Optional::of(outer.1),
-        gelu,
-        dropout,
-    ))
+    let weights = parameters.complete(&x);
+    Tensor::from_dispatch(<Dispatch as BlockOps>::mlp_block(x.into_dispatch(), weights, gelu, dropout))
 }

@@ -1,54 +1,74 @@
-//! A weight in f16 for the products of mixed precision. The weight itself, and its gradient, stay f32.
+//! Weights in f16 for the products of mixed precision. The weights themselves, and their gradients, stay f32.
 
 use burn::backend::{
-    Autodiff, AutodiffBackend, Backend, Dispatch, Flex,
+    Autodiff, Backend, Dispatch, Flex,
     autodiff::{
         checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
         grads::Gradients,
         ops::{Backward, Ops, OpsKind},
     },
     backend_extension,
-    ops::FloatTensorOps,
-    tensor::FloatTensor,
 };
 use burn::tensor::{DType, FloatDType, Tensor};
-use burn_cubecl::{CubeBackend, kernel::into_contiguous};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
-use crate::kernel::lanes::{Lanes, serves};
-use crate::kernel::{Kernel, empty_of, fold};
+use super::Tensors;
+use crate::kernel::lanes::serves;
+use crate::kernel::slots::{self, Slot, SlotKernel};
+use crate::kernel::{Kernel, empty_of};
 
-/// A copy of a tensor in f16.
+/// Copies of tensors in f16.
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait CastOps: Backend {
-    /// x of any shape, f32 -> x rounded to f16.
-    fn to_f16(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        Self::float_cast(x, FloatDType::F16)
+    /// At least one tensor of any shape, f32 -> as many rounded to f16.
+    fn to_f16(#[extension_type] x: Tensors<Self>) -> Tensors<Self> {
+        composed_casts::<Self>(x)
     }
+}
+
+/// The whole of [`CastOps::to_f16`]'s default, for the GPU path to fall back on.
+fn composed_casts<B: Backend>(x: Tensors<B>) -> Tensors<B> {
+    Tensors(x.0.into_iter().map(|x| B::float_cast(x, FloatDType::F16)).collect())
 }
 
 impl CastOps for Flex {}
 
-/// The kernel for this many elements.
-pub fn kernel(elements: usize) -> Kernel {
-    Lanes::of(elements).kernel("cast", true, "", &[include_str!("../../wgsl/cast.wgsl")], 256)
+static CAST: SlotKernel = SlotKernel::new(
+    "cast",
+    true,
+    include_str!("../../wgsl/cast_slot.wgsl"),
+    include_str!("../../wgsl/cast.wgsl"),
+    2, // as the update, which has more to load at once
+);
+
+/// The kernel.
+pub fn kernel() -> &'static SlotKernel {
+    &CAST
 }
 
 /// Every kernel of the cast.
 pub fn kernels() -> Vec<Kernel> {
-    [1, 4].map(kernel).to_vec()
+    CAST.kernels()
+}
+
+/// Queues x, f32 -> y, f16, of each (x, y), at most `most` a launch; all contiguous.
+///
+/// For the tests, which give their own outputs; the model calls [`to_f16`].
+pub fn launch(casts: &[(&CubeTensor, &CubeTensor)], most: usize) {
+    let slots: Vec<_> = casts.iter().map(|(x, y)| Slot { buffers: vec![*x, *y], factor: 0.0 }).collect();
+    CAST.launch(&slots, &[], &[], most);
 }
 
 impl CastOps for CubeBackend {
-    fn to_f16(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        if !serves(&x, Ok(())) {
-            return Self::float_cast(x, FloatDType::F16);
+    fn to_f16(x: Tensors<Self>) -> Tensors<Self> {
+        if !x.0.iter().all(|x| serves(x, Ok(()))) {
+            return composed_casts::<Self>(x);
         }
-        let x = into_contiguous(x);
-        let y = empty_of(&x, x.meta.shape().clone(), DType::F16);
-        let elements = x.meta.shape().num_elements();
-        let lanes = Lanes::of(elements);
-        kernel(elements).launch(fold(lanes.count.div_ceil(256) as u32), &[&x, &y], &[lanes.count as u32]);
-        y
+        let x: Vec<_> = x.0.into_iter().map(into_contiguous).collect();
+        let y: Vec<_> = x.iter().map(|x| empty_of(x, x.meta.shape().clone(), DType::F16)).collect();
+        let casts: Vec<_> = x.iter().zip(&y).collect();
+        launch(&casts, slots::most(&x[0], 2, 0));
+        Tensors(y)
     }
 }
 
@@ -68,17 +88,27 @@ impl<B: CastOps> Backward<B, 1> for CastBackward {
 }
 
 impl<B: CastOps, C: CheckpointStrategy> CastOps for Autodiff<B, C> {
-    fn to_f16(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        let prepared = CastBackward.prepare::<C>([x.node()]).compute_bound().stateful();
-        let y = B::to_f16(<Self as AutodiffBackend>::inner(x));
-        match prepared {
+    fn to_f16(x: Tensors<Self>) -> Tensors<Self> {
+        let below = Tensors(x.0.iter().map(|x| x.primitive().clone()).collect());
+        let record = |(x, y): (Self::FloatTensorPrimitive, _)| match CastBackward
+            .prepare::<C>([x.node()])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prepared) => prepared.finish((), y),
             OpsKind::UnTracked(prepared) => prepared.finish(y),
-        }
+        };
+        Tensors(x.0.into_iter().zip(B::to_f16(below).0).map(record).collect())
     }
 }
 
-/// x, rounded to f16. Its gradient comes back as the operations behind it make it: of a weight in f32.
+/// At least one tensor -> as many, rounded to f16. Their gradients come back as the operations behind them make them: of
+/// weights in f32.
+pub fn all_to_f16<const D: usize>(x: impl IntoIterator<Item = Tensor<D>>) -> impl Iterator<Item = Tensor<D>> {
+    <Dispatch as CastOps>::to_f16(Tensors::of(x)).into_tensors()
+}
+
+/// As [`all_to_f16`], of one tensor.
 pub fn to_f16<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    Tensor::from_dispatch(<Dispatch as CastOps>::to_f16(x.into_dispatch()))
+    Tensor::from_dispatch(<Dispatch as CastOps>::to_f16(Tensors::of([x])).0.swap_remove(0))
 }

@@ -35,6 +35,8 @@ pub mod state {
     pub const NORM: usize = 8;
     /// 1 where the last step's update was made, else 0.
     pub const APPLIED: usize = 9;
+    /// 1 where the loss scale is one, and moves; 0 where it is always 1, in f32. Verdicts leave it as it is.
+    pub const HAS_SCALE: usize = 10;
     /// The last losses.
     pub const LOSSES: usize = 16;
     /// The last norms.

@@ -20,6 +20,7 @@ const HALVES: &str = "alias elem = f16;";
 const SCALED: &str = "const A_SCALED: bool = true;";
 const GRADIENT: &str = "const GRADIENT: bool = true;";
 const SIXTEEN_ROWS: &str = "const ROWS: u32 = 16u;";
+const THREE_SLOTS: &str = "const SLOTS: u32 = 3u;";
 const LANES67: &str = "const LANES: u32 = 67u;";
 const PAST: &str = "const PAST: bool = true;";
 const RESIDUAL_SINGLES: &str = "// residual, singles, bias: true";
@@ -168,19 +169,52 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "one lane more than there are", kernel: "adamw", constants: &[],
-        from: "if (index >= params.count ||", to: "if (index > params.count ||", found_by: Layer::Bounds,
+        from: "min(start + CHUNK, params.slots[slot].count)", to: "min(start + CHUNK, params.slots[slot].count + 1u)",
+        found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a share that goes on in the next workgroup's", kernel: "adamw", constants: &[],
+        from: "min(start + CHUNK, params.slots[slot].count)", to: "params.slots[slot].count", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a share counted from the launch's first workgroup", kernel: "adamw", constants: &[THREE_SLOTS],
+        from: "(group - params.slots[slot].first) * CHUNK", to: "group * CHUNK", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a slot's first workgroup in the slot before", kernel: "adamw", constants: &[THREE_SLOTS],
+        from: "params.slots[i].first <= group", to: "params.slots[i].first < group", found_by: Layer::Values,
+    },
+    Fault {
+        what: "another parameter's decay", kernel: "adamw", constants: &[THREE_SLOTS],
+        from: "params.slots[SLOT_1].factor", to: "params.slots[SLOT_2].factor", found_by: Layer::Values,
+    },
+    Fault {
+        what: "another parameter's moment", kernel: "adamw", constants: &[THREE_SLOTS],
+        from: "State(p_1[i], m_1[i], v_1[i])", to: "State(p_1[i], m_2[0], v_1[i])", found_by: Layer::Race,
     },
     Fault {
         what: "a slope without the clip", kernel: "adamw", constants: &[],
-        from: "g[index] * verdict[0]", to: "g[index]", found_by: Layer::Values,
+        from: "let slope = g * verdict[0];", to: "let slope = g;", found_by: Layer::Values,
     },
     Fault {
         what: "an update that was not to be made", kernel: "adamw", constants: &[],
-        from: " || verdict[1] == 0.0", to: "", found_by: Layer::Values,
+        from: "if (verdict[1] != 0.0)", to: "if (true)", found_by: Layer::Values,
     },
     Fault {
         what: "lanes behind the last", kernel: "square_sums", constants: &[],
-        from: "g[min(index, params.count - 1u)]", to: "g[index]", found_by: Layer::Bounds,
+        from: "g_0[min(i, end - 1u)]", to: "g_0[i]", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "the last lane again", kernel: "square_sums", constants: &[],
+        from: "select(0.0, total(value * value), i < end)", to: "total(value * value)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a workgroup without a place", kernel: "square_sums", constants: &[THREE_SLOTS],
+        from: "thread == 0u && group < params.groups", to: "thread == 0u", found_by: Layer::Values,
+    },
+    Fault {
+        what: "another launch's places", kernel: "square_sums", constants: &[],
+        from: "square_sums[params.before + group]", to: "square_sums[group]", found_by: Layer::Values,
     },
     Fault {
         what: "a tree that stops early", kernel: "verdict", constants: &[],
@@ -240,11 +274,15 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "subnormal numbers flushed", kernel: "cast", constants: &[],
-        from: "stored(x[index])", to: "stored(select(lanes(), x[index], abs(x[index]) > lanes(6.1e-5)))", found_by: Layer::Values,
+        from: "stored(x_0[i])", to: "stored(select(lanes(), x_0[i], abs(x_0[i]) > lanes(6.1e-5)))", found_by: Layer::Values,
     },
     Fault {
         what: "one lane more than there are", kernel: "cast", constants: &[],
-        from: "if (index < params.count)", to: "if (index <= params.count)", found_by: Layer::Bounds,
+        from: "i < end", to: "i <= end", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "another tensor's copy", kernel: "cast", constants: &[THREE_SLOTS],
+        from: "y_2[i] = stored(x_2[i])", to: "y_2[i] = stored(x_1[i] + x_2[i])", found_by: Layer::Values,
     },
     Fault {
         what: "the high half of a word where the row ends before it", kernel: "linear_coop", constants: &[OCTS, K_RAGGED],

@@ -94,13 +94,13 @@ pub fn end() {
     };
     let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
     let parts: Vec<String> = parts.into_iter().map(|(name, time)| format!("{name} {}", seconds(time))).collect();
-    tracing::debug!(
-        "start to first step {}: {}. In these {} kernels of ours were compiled in {}; naga reads and checks them in {}, once \
-         more for this line",
-        seconds(began.elapsed()),
-        parts.join(", "),
-        kernels.len(),
-        seconds(compiling),
-        seconds(naga)
-    );
+    tracing::debug!("start to first step {}: {}", seconds(began.elapsed()), parts.join(", "));
+    if !kernels.is_empty() {
+        tracing::debug!(
+            "of it {} for compiling {} kernels of ours, whose texts naga reads and checks in {} (and did once more here)",
+            seconds(compiling),
+            kernels.len(),
+            seconds(naga)
+        );
+    }
 }

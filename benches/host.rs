@@ -19,7 +19,7 @@ use gpt_wgpu::precision::Dtype;
 use gpt_wgpu::train::{self, Step};
 
 const WARMUP: usize = 5;
-const STEPS: usize = 30;
+const STEPS: usize = 300;
 
 fn main() -> Result<()> {
     let path = std::env::args().skip(1).find(|arg| arg != "--bench");
@@ -78,7 +78,7 @@ fn noop() -> Result<Device> {
     };
     let (device, queue) = pollster::block_on(adapter.request_device(&request))?;
     let setup = WgpuSetup { backend: wgpu::Backend::Noop, instance, adapter, device, queue };
-    let device = Device::wgpu_options().setup(setup).init()?;
+    let device = gpt_wgpu::device::import(setup)?;
     let DispatchDevice::Cube(cube) = device.as_dispatch() else {
         bail!("Burn took the no-op device for something else");
     };

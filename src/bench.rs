@@ -25,6 +25,7 @@ use crate::optim::{self, Optimizer};
 use crate::profile::{self, Profile};
 use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, Mfu, Op, Timer};
 use crate::rng;
+use crate::startup;
 use crate::train::{self, Step};
 
 /// What to measure. The kernels are the process's choice ([`kernel::choose`]).
@@ -62,10 +63,12 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     let Bench { config, chosen, .. } = bench;
     let device = chosen.device.clone().autodiff();
     let batches = (0..BATCHES).map(|position| tokens(bench, position, &device)).collect::<Result<Vec<_>>>()?;
+    startup::part("batches");
     let batch = |position: u64| -> Result<_> { Ok(batches[(position % BATCHES) as usize].clone()) };
     let step = Step { config, batch: &batch };
     let mut model = Gpt::init(&bench.gpt, config.train.seed, &device);
     model.f16 = bench.f16;
+    startup::part("weights");
     let (mut optimizer, mut position) = (Optimizer::new(bench.f16, &chosen.device), 0);
     let (mut samples, mut losses) = (Vec::new(), Vec::new());
     let (mut first_step, mut memory) = (None, None);
@@ -80,7 +83,11 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
         model = updated;
         wait(&chosen.device)?;
         let ms = started.elapsed().as_secs_f64() * 1e3;
-        first_step.get_or_insert_with(|| bench.started.elapsed().as_secs_f64());
+        if first_step.is_none() {
+            first_step = Some(bench.started.elapsed().as_secs_f64());
+            startup::part("first step");
+            startup::end();
+        }
         if iter >= bench.warmup {
             samples.push(ms);
             losses.push(loss_sum);

@@ -25,6 +25,7 @@ use thiserror::Error;
 use crate::checkpoint;
 use crate::config::ConfigError;
 use crate::failure::{self, DeviceError};
+use crate::startup;
 
 #[derive(Parser)]
 #[command(
@@ -98,6 +99,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     let warnings = tracing_subscriber::EnvFilter::try_from_env("GPT_WGPU_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("gpt_wgpu=warn"));
     tracing_subscriber::fmt().with_env_filter(warnings).with_writer(std::io::stderr).without_time().init();
+    startup::begin(started);
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     match cli.command {
         Command::Train(args) => train::run(&args, submatches(&matches)),

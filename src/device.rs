@@ -9,8 +9,8 @@ use burn::tensor::Device;
 use burn_wgpu::WgpuSetup;
 use serde::Serialize;
 
-use crate::failure;
 use crate::kernel::{self, Capabilities};
+use crate::{failure, startup};
 
 /// What `--device` says: `auto`, `cpu`, or an API with an optional adapter index (`vulkan:1`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -398,6 +398,18 @@ fn find(api: Api, index: Option<usize>) -> Result<(wgpu::Instance, wgpu::Adapter
     Ok((instance, adapter, report, reason))
 }
 
+/// Launches that CubeCL submits at once, twice its own number: a submit costs the host as much as ten launches.
+/// [`kernel::submit_limit`] submits earlier where launches are large.
+const TASKS_MAX: usize = 64;
+
+/// Burn on a device of wgpu's that was made elsewhere.
+///
+/// # Errors
+/// When Burn cannot run there.
+pub fn import(setup: WgpuSetup) -> Result<Device> {
+    Ok(Device::wgpu_options().setup(setup).tasks_max(TASKS_MAX).init()?)
+}
+
 /// Makes wgpu's device with everything the adapter has, and hands it to Burn.
 fn open(
     api: Api,
@@ -406,6 +418,7 @@ fn open(
     report: AdapterReport,
     reason: String,
 ) -> Result<Chosen> {
+    startup::part("adapters");
     let request = wgpu::DeviceDescriptor {
         label: Some("gpt-wgpu"),
         // Mappable primary buffers make wgpu keep device memory host-visible, which is slow on discrete GPUs.
@@ -418,13 +431,11 @@ fn open(
     };
     let (device, queue) = pollster::block_on(adapter.request_device(&request))
         .with_context(|| format!("{} ({}) refused to make a device", report.name, report.device))?;
+    startup::part("device");
     let capabilities = capabilities(&adapter);
     let wgpu_device = device.clone();
     let setup = WgpuSetup { backend: adapter.get_info().backend, instance, adapter, device, queue };
-    let device = Device::wgpu_options()
-        .setup(setup)
-        .init()
-        .with_context(|| format!("{} ({}) cannot run Burn", report.name, report.device))?;
+    let device = import(setup).with_context(|| format!("{} ({}) cannot run Burn", report.name, report.device))?;
     if let DispatchDevice::Cube(cube) = device.as_dispatch() {
         kernel::register(cube.clone(), capabilities.clone(), kernel::submit_limit(report.kind));
         failure::watch(cube.clone(), wgpu_device);

@@ -5,10 +5,12 @@
 //! uniform is uniform enough for cooperative matrices, and CubeCL caches it by value.
 
 pub mod lanes;
+mod made;
 pub mod slots;
 mod submit;
 
-use std::sync::{PoisonError, RwLock};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use burn::tensor::DType;
 use burn_cubecl::{CubeDevice, tensor::CubeTensor};
@@ -20,21 +22,37 @@ use cubecl::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::profile;
+use crate::{profile, startup};
 
+pub use made::Made;
 pub use submit::limit as submit_limit;
 
-/// The text of a kernel and the size of its workgroup. The entry point is `main`.
+/// The text of a kernel and the size of its workgroup. The entry point is `main`. A clone costs next to nothing.
 #[derive(Clone, Debug)]
 pub struct Kernel {
-    name: &'static str,
-    header: String,
-    files: Vec<&'static str>,
-    workgroup: (u32, u32, u32),
+    source: Arc<Source>,
     /// Whether the device's shaders have 64-bit integers; known at the launch.
     int64: bool,
     /// What the launch computes, for profiles.
     work: Work,
+}
+
+/// What a kernel is made of. Equal sources are one kernel, whoever made them; a launch compares them by their address and by
+/// a hash made once, not letter by letter.
+#[derive(Debug, PartialEq, Eq)]
+struct Source {
+    name: &'static str,
+    header: String,
+    files: Vec<&'static str>,
+    workgroup: (u32, u32, u32),
+    /// Of name and header, which seldom leave anything else to tell apart.
+    hash: u64,
+}
+
+impl Hash for Source {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
 }
 
 /// What a launch computes.
@@ -50,9 +68,12 @@ pub struct Work {
 pub const PHILOX: &str = include_str!("../wgsl/philox.wgsl");
 
 impl Kernel {
-    /// `name` must be unique for `files`; `header` is prepended to them.
+    /// `header` is prepended to `files`.
     pub fn new(name: &'static str, header: String, files: Vec<&'static str>, workgroup: (u32, u32, u32)) -> Self {
-        Self { name, header, files, workgroup, int64: false, work: Work::default() }
+        let mut hasher = DefaultHasher::new();
+        (name, &header).hash(&mut hasher);
+        let source = Arc::new(Source { name, header, files, workgroup, hash: hasher.finish() });
+        Self { source, int64: false, work: Work::default() }
     }
 
     /// The same kernel for a device whose shaders have, or have not, 64-bit integers.
@@ -65,25 +86,25 @@ impl Kernel {
         Self { work, ..self }
     }
 
-    /// With [`Kernel::header`], the kernel's identity.
+    /// What the kernel does, in profiles.
     pub fn name(&self) -> &'static str {
-        self.name
+        self.source.name
     }
 
     /// The constants in front of the files.
     pub fn header(&self) -> &str {
-        &self.header
+        &self.source.header
     }
 
     /// Threads of a workgroup.
     pub fn workgroup(&self) -> (u32, u32, u32) {
-        self.workgroup
+        self.source.workgroup
     }
 
     /// The whole WGSL text that is compiled.
     pub fn text(&self) -> String {
-        let mut text = self.header.clone();
-        for &file in &self.files {
+        let mut text = self.source.header.clone();
+        for &file in &self.source.files {
             text.push('\n');
             if file == PHILOX {
                 text.push_str(if self.int64 {
@@ -98,13 +119,19 @@ impl Kernel {
         text
     }
 
-    /// Bytes of workgroup memory, each variable rounded up to 16 as Metal does; an error where naga refuses the text.
-    pub fn workgroup_memory(&self) -> Result<u32, String> {
+    /// The text as naga reads and checks it; an error where it refuses.
+    pub(crate) fn module(&self) -> Result<naga::Module, String> {
         let text = self.text();
         let module = naga::front::wgsl::parse_str(&text).map_err(|e| e.emit_to_string(&text))?;
         let everything = naga::valid::Capabilities::all();
         let mut validator = naga::valid::Validator::new(naga::valid::ValidationFlags::all(), everything);
         validator.validate(&module).map_err(|e| e.emit_to_string(&text))?;
+        Ok(module)
+    }
+
+    /// Bytes of workgroup memory, each variable rounded up to 16 as Metal does; an error where naga refuses the text.
+    pub fn workgroup_memory(&self) -> Result<u32, String> {
+        let module = self.module()?;
         let sizes = module
             .global_variables
             .iter()
@@ -132,8 +159,10 @@ impl Kernel {
             let _ = client.flush();
         }
         let launch = |kernel| client.launch(Box::new(kernel), CubeCount::Static(grid.0, grid.1, grid.2), arguments);
-        if profile::is_on() {
-            profile::record(client, kernel.name, kernel.work, bytes, || launch(kernel));
+        if startup::is_first(&kernel) {
+            startup::compile(client, &kernel.clone(), || launch(kernel));
+        } else if profile::is_on() {
+            profile::record(client, kernel.name(), kernel.work, bytes, || launch(kernel));
         } else {
             launch(kernel);
         }
@@ -333,15 +362,12 @@ fn pack(params: &[u32]) -> Vec<u64> {
 }
 
 impl KernelMetadata for Kernel {
-    /// Name and header stand for the full text: CubeCL's cache of pipelines never sees the text itself.
+    /// All that the text is made of: CubeCL's cache of pipelines never sees the text itself.
     fn id(&self) -> KernelId {
         // The mode that counts is the identity's, and it defaults to Checked: bounded loops, which no compiler unrolls. The
         // cooperative attention kernels are three times slower that way.
-        KernelId::new::<Self>().cube_dim(self.workgroup.into()).mode(ExecutionMode::Unchecked).info((
-            self.name,
-            self.header.clone(),
-            self.int64,
-        ))
+        let id = KernelId::new::<Self>().cube_dim(self.workgroup().into()).mode(ExecutionMode::Unchecked);
+        id.info((self.source.clone(), self.int64))
     }
 
     fn address_type(&self) -> cubecl::ir::ElemType {
@@ -352,7 +378,7 @@ impl KernelMetadata for Kernel {
 impl CubeKernel for Kernel {
     fn define(&self) -> KernelDefinition {
         // Unchecked: the kernels guard their own edges, and loop bounding costs a fifth of a matrix product's speed.
-        let settings = KernelSettings::new(self.workgroup.into(), ExecutionMode::Unchecked, AddressType::U32);
+        let settings = KernelSettings::new(self.workgroup().into(), ExecutionMode::Unchecked, AddressType::U32);
         KernelDefinition { body: Scope::root(settings.clone()), settings, info: Info::default() }
     }
 
@@ -392,6 +418,27 @@ pub fn own(tensor: CubeTensor) -> CubeTensor {
 
 #[cfg(test)]
 mod tests {
+    use cubecl::prelude::KernelMetadata;
+
+    use super::Kernel;
+
+    #[test]
+    fn a_kernels_identity_is_all_that_its_text_and_its_launch_depend_on() {
+        let kernel = |name, header: &str, file, threads| Kernel::new(name, header.into(), vec![file], (threads, 1, 1));
+        let one = kernel("name", "header", "file", 64);
+        assert_eq!(one.id(), kernel("name", "header", "file", 64).id());
+        let others = [
+            kernel("another", "header", "file", 64),
+            kernel("name", "another", "file", 64),
+            kernel("name", "header", "another", 64),
+            kernel("name", "header", "file", 32),
+            one.clone().with_int64(true),
+        ];
+        for other in others {
+            assert!(one.id() != other.id(), "{other:?}");
+        }
+    }
+
     #[test]
     fn grids_are_folded_without_losing_a_group() {
         for groups in [1, 65_535, 65_536, 1_000_000] {

@@ -51,6 +51,8 @@ pub mod report;
 pub mod rng;
 /// Text from a model.
 pub mod sample;
+/// A program's start taken apart.
+pub mod startup;
 /// Text to tokens and back.
 pub mod tokenizer;
 /// The training loop.

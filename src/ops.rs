@@ -144,3 +144,28 @@ fn flatten<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
 fn gradient_scale(tensor: &CubeTensor, rows: usize) -> f32 {
     if tensor.dtype == DType::F16 { 1.0 } else { rows.next_power_of_two() as f32 }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use cubecl::prelude::KernelMetadata;
+
+    use super::*;
+    use crate::kernel::SUBGROUP_SIZE;
+
+    /// CubeCL compiles a text once for an identity and never looks at it again.
+    #[test]
+    fn kernels_of_one_identity_have_one_text() {
+        let matrices = vec![(16, true), (8, true), (8, false)];
+        let capabilities =
+            Capabilities { subgroup_size: Some(SUBGROUP_SIZE), matrices, f16: true, int64: true, largest_buffer: 0 };
+        let mut texts = HashMap::new();
+        for kernel in kernels(&capabilities).into_iter().chain(kernels(&capabilities)) {
+            let text = kernel.text();
+            let first = texts.entry(kernel.id()).or_insert_with(|| text.clone());
+            assert!(*first == text, "{} has two texts:\n{}", kernel.name(), kernel.header());
+        }
+        assert!(texts.len() > 100, "{} identities", texts.len());
+    }
+}

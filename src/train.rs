@@ -20,6 +20,7 @@ use crate::ops::verdict;
 use crate::optim::{self, GradientSum, LastStep, Optimizer};
 use crate::profile;
 use crate::recompute;
+use crate::startup;
 
 /// What a run starts from.
 pub enum Start {
@@ -93,6 +94,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
         Ok(upload(&batch, batch_size, &device))
     };
     let step = Step { config, batch: &batch };
+    startup::part("weights");
     let (first_iter, mut undisturbed_ms) = (state.step, 0.0);
     let mut timed = Timer::start();
 
@@ -132,6 +134,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
                 }
             }
             timed.resume();
+            startup::part("evaluation");
         }
 
         let mut advance = |model| step.run(model, &mut optimizer, &mut state.position, lr);
@@ -154,6 +157,11 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
             }
             _ => advance(model)?.0,
         };
+        if startup::is_on() {
+            device::wait(run.device)?;
+            startup::part("first step");
+            startup::end();
+        }
         state.step += 1;
         timed.iters += 1;
 

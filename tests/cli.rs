@@ -85,6 +85,19 @@ fn refused(output: &Output, code: i32, parts: &[&str]) {
 }
 
 #[test]
+fn the_start_is_taken_apart_when_the_log_asks_for_it() {
+    let sandbox = Sandbox::new();
+    let args = [&["train"], TINY].concat();
+    let output = sandbox.command(&args).env("GPT_WGPU_LOG", "gpt_wgpu=debug").output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    let line = told.lines().find(|line| line.contains("start to first step")).unwrap_or_else(|| panic!("{told}"));
+    let parts = ["data ", "weights ", "evaluation ", "first step "];
+    let places: Vec<_> = parts.iter().map(|part| line.rfind(part)).collect();
+    assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{line}");
+    assert!(!text(&sandbox.train(&[])).contains("start to first step"), "told unasked");
+}
+
+#[test]
 fn training_writes_nanogpts_lines_metrics_config_and_both_checkpoints() {
     let sandbox = Sandbox::new();
     let output = sandbox.train(&[]);

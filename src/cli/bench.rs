@@ -15,6 +15,7 @@ use crate::device;
 use crate::kernel;
 use crate::prepare::Source;
 use crate::report::{BenchReport, Mfu};
+use crate::startup;
 use crate::tokenizer::{CharTokenizer, GPT2_PADDED_VOCAB};
 
 #[derive(Args)]
@@ -66,12 +67,14 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
     let precision = config.train.dtype.resolve(&chosen, config.train.kernels)?;
     let mut stdout = std::io::stdout(); // a closed pipe (`| head`) is no error
     let _ = writeln!(stdout, "{chosen}");
+    startup::part("Burn's runtime");
     if chosen.adapter.is_some() {
         let _ = writeln!(stdout, "kernels: {}", kernel::describe(&chosen.capabilities, precision.f16));
     }
     let _ = writeln!(stdout, "{precision}");
     let data = dataset(&config)?;
     let gpt = config.gpt(data.as_ref().map_or_else(|| vocabulary(&config), |data| Ok(data.vocab_size()))?);
+    startup::part("data");
     let (report, profile) = bench::run(&Bench {
         config: &config,
         gpt,

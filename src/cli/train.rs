@@ -19,6 +19,7 @@ use crate::memory::plan::{Budget, Plan};
 use crate::model::GptConfig;
 use crate::prepare::{self, Source};
 use crate::sample::{Sampling, generate};
+use crate::startup;
 use crate::tokenizer::{Meta, Tokenizer};
 use crate::train::{self, Ended, Run, Start};
 use crate::watchdog::Watchdog;
@@ -66,6 +67,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
         "--profile takes the kernels of a GPU apart; the CPU has none of ours. --device chooses one"
     );
     say(chosen.to_string());
+    startup::part("Burn's runtime");
     kernel::choose(config.train.kernels);
     let precision = config.train.dtype.resolve(&chosen, config.train.kernels)?;
     if chosen.adapter.is_some() {
@@ -90,6 +92,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     adopt(&mut config, &gpt);
     refuse_what_cannot_fit(&Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), known.is_some()), &config)?;
     write_config(&config)?;
+    startup::part("data");
     say(format!(
         "dataset: {}: {} train and {} val tokens, vocabulary {}",
         dir.display(),

@@ -5,7 +5,7 @@ use std::sync::Once;
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{Kernel, Kernels, choice};
+use super::{Kernel, Kernels, Made, choice};
 
 /// What a thread handles at a time, a lane: four neighbouring columns or one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +28,8 @@ impl Lanes {
     }
 
     /// A kernel made of `files` for lanes of this width: activations are stored in f16 or f32, `constants` are declared in its
-    /// header, and what the lanes are is put in front of the files.
+    /// header, and what the lanes are is put in front of the files. Files and threads have to follow from `name` and `constants`:
+    /// a kernel is made once for those.
     pub fn kernel(
         self,
         name: &'static str,
@@ -37,15 +38,22 @@ impl Lanes {
         files: &[&'static str],
         threads: u32,
     ) -> Kernel {
-        let (enable, elem) = if f16 { ("enable f16;\n", "f16") } else { ("", "f32") };
-        let header = format!("{enable}alias elem = {elem};\nconst WIDTH: u32 = {}u;\n{constants}", self.width);
-        let lanes = if self.is_quads() {
-            include_str!("../../wgsl/lanes4.wgsl")
-        } else {
-            include_str!("../../wgsl/lanes1.wgsl")
+        /// For a width, a name, f16 or f32, and constants.
+        static MADE: Made<(usize, &'static str, bool, String)> = Made::new();
+        let is = |key: &(usize, &'static str, bool, String)| {
+            (key.0, key.1, key.2, key.3.as_str()) == (self.width, name, f16, constants)
         };
-        let files = std::iter::once(lanes).chain(files.iter().copied()).collect();
-        Kernel::new(name, header, files, (threads, 1, 1))
+        MADE.find(is, || {
+            let (enable, elem) = if f16 { ("enable f16;\n", "f16") } else { ("", "f32") };
+            let header = format!("{enable}alias elem = {elem};\nconst WIDTH: u32 = {}u;\n{constants}", self.width);
+            let lanes = if self.is_quads() {
+                include_str!("../../wgsl/lanes4.wgsl")
+            } else {
+                include_str!("../../wgsl/lanes1.wgsl")
+            };
+            let files = std::iter::once(lanes).chain(files.iter().copied()).collect();
+            ((self.width, name, f16, constants.into()), Kernel::new(name, header, files, (threads, 1, 1)))
+        })
     }
 }
 

@@ -1,8 +1,8 @@
 //! How much work the GPU is given at once.
 //!
-//! CubeCL submits 32 launches in one command buffer, whatever they compute. Windows resets a GPU whose command buffer takes
-//! longer than 2 s, Metal kills one after about 5 s. Thirty-two launches of GPT-2 124M's head are 1.6 TFLOP: nothing to a large
-//! GPU, ten seconds to a small one. So launches are counted in floating-point operations and submitted before they are too many.
+//! CubeCL submits 64 launches in one command buffer, whatever they compute. Windows resets a GPU whose command buffer takes
+//! longer than 2 s, Metal kills one after about 5 s. Sixty-four launches of GPT-2 124M's head are 3.2 TFLOP: nothing to a large
+//! GPU, twenty seconds to a small one. So launches are counted in floating-point operations and submitted before they are too many.
 
 use std::cell::Cell;
 

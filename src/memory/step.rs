@@ -366,7 +366,10 @@ impl Replayer<'_> {
     fn norm_backward(&mut self, dy: Buffer, x: Buffer, stats: [Buffer; 2]) -> Buffer {
         let dx = self.cotangent("x", 1);
         let weights = [(); 2].map(|()| self.take(Use::Gradients, "a norm's gradient", self.channels() * F32));
-        self.touch("the parts of a norm's gradient", (BACKWARD_GROUPS as u64).min(self.rows()) * 2 * self.channels() * F32);
+        self.touch(
+            "the parts of a norm's gradient",
+            (BACKWARD_GROUPS as u64).min(self.rows()) * 2 * self.channels() * F32,
+        );
         self.give_all(stats.into_iter().chain([dy, x]));
         let [dw, db] = weights;
         self.gradients.push(dw);

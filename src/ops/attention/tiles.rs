@@ -3,7 +3,7 @@
 //! Every row was measured on an NVIDIA H200 against its neighbours (docs/measurements/attention-h200.md); the rows for edge 8
 //! are a start, not measured on any Mac. Small tiles win: 16 keys a tile beat 32, and less workgroup memory beats more.
 
-use crate::kernel::{Capabilities, Kernel, PHILOX, SUBGROUP_SIZE};
+use crate::kernel::{Capabilities, Kernel, Made, PHILOX, SUBGROUP_SIZE};
 pub use crate::kernel::{Variant, supported};
 
 /// Head dimensions that the kernels exist for; others take the composed version.
@@ -94,6 +94,19 @@ const SCORE_COLS: u32 = 16;
 
 /// One kernel of attention, and the rows that a workgroup of it owns.
 pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, dropout: bool) -> (Kernel, u32) {
+    static MADE: Made<(Pass, Variant, usize, bool, bool)> = Made::new();
+    let make = |_: &_| make(pass, variant, head_dim, f16_storage, dropout);
+    let rows = match variant {
+        Variant::Scalar => scalar(head_dim, pass).own,
+        Variant::Coop { edge, .. } => {
+            let t = coop(edge, head_dim, pass);
+            t.subgroups * t.row_blocks * edge
+        }
+    };
+    (MADE.get((pass, variant, head_dim, f16_storage, dropout), make), rows)
+}
+
+fn make(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, dropout: bool) -> Kernel {
     let elem = if f16_storage { "f16" } else { "f32" };
     let common =
         format!("alias elem = {elem};\nconst DROPOUT: bool = {dropout};\nconst HEAD_DIM: u32 = {head_dim}u;\n");
@@ -122,7 +135,7 @@ pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, 
                 Pass::Dq => ("attention_scalar_dq", include_str!("../../../wgsl/attention_scalar_dq.wgsl")),
                 Pass::Dkv => ("attention_scalar_dkv", include_str!("../../../wgsl/attention_scalar_dkv.wgsl")),
             };
-            (Kernel::new(name, header, vec![philox, file], (t.threads, 1, 1)), t.own)
+            Kernel::new(name, header, vec![philox, file], (t.threads, 1, 1))
         }
         Variant::Coop { edge, f16 } => {
             let t = coop(edge, head_dim, pass, dropout);
@@ -154,8 +167,7 @@ pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, 
                 Pass::Dkv => ("attention_coop_dkv", include_str!("../../../wgsl/attention_coop_dkv.wgsl")),
             };
             let threads = t.subgroups * SUBGROUP_SIZE;
-            let kernel = Kernel::new(name, header, vec![philox, memory, file], (threads, 1, 1));
-            (kernel, t.subgroups * t.row_blocks * edge)
+            Kernel::new(name, header, vec![philox, memory, file], (threads, 1, 1))
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::kernel::{Capabilities, Kernel, PHILOX, SUBGROUP_SIZE, Variant, supported};
+use crate::kernel::{Capabilities, Kernel, Made, PHILOX, SUBGROUP_SIZE, Variant, supported};
 
 /// How the two factors of out (M, N) = A (M, K) · B (K, N) are stored; every matrix is row-major.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -186,6 +186,11 @@ fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
 
 /// The kernel of `spec`.
 pub fn kernel(spec: &Spec) -> Kernel {
+    static MADE: Made<Spec> = Made::new();
+    MADE.get(*spec, make)
+}
+
+fn make(spec: &Spec) -> Kernel {
     let Spec { variant, layout, epilogue, bias, f16, access, ragged, scaled, tile } = *spec;
     let elem = |f16: bool| if f16 { "f16" } else { "f32" };
     let (kind, detail) = match epilogue {
@@ -197,7 +202,7 @@ pub fn kernel(spec: &Spec) -> Kernel {
     let extra = 3 + u32::from(bias);
     let params = extra + u32::from(epilogue != Epilogue::Plain);
     let multiplies_f16 = matches!(variant, Variant::Coop { f16: true, .. });
-    // The comment tells apart what the constants do not: a kernel's identity is its name and its header.
+    // The comment tells a reader of the header what the constants do not.
     let name = match access {
         Access::Singles => "singles",
         Access::Quads => "quads",

@@ -8,12 +8,21 @@ use crate::kernel::lanes::Lanes;
 use crate::kernel::{self, Kernel, Variant, Work, fold};
 use crate::ops::dropout::Dropout;
 
-/// Workgroups that a large GPU wants at least: a tall K is split until there are as many. Two for each of an H200's 132
-/// processors (wgpu does not tell a device's); a smaller GPU is full long before.
-const ENOUGH_GROUPS: usize = 2 * 132;
+/// An H200's, standing for a large GPU's (wgpu does not tell a device's); a smaller one is full long before.
+const PROCESSORS: usize = 132;
+
+/// Workgroups that a large GPU wants at least: a tall K is split until there are as many.
+const ENOUGH_GROUPS: usize = 2 * PROCESSORS;
+
+/// Threads of the scalar kernel that one processor holds: registers allow 128 for each of 512.
+const SCALAR_THREADS: usize = 512;
 
 /// Least steps over K that are worth a workgroup of their own.
 const LEAST_STEPS: usize = 8;
+
+/// What a workgroup of the scalar kernel costs beside its steps, in steps: the first fetch, the sums' way to memory, and
+/// there and back again when the parts are added.
+const STEPS_BESIDE: usize = 4;
 
 /// A product's factors. A and B are stored as `layout` says, each row `strides` elements after the one before.
 #[derive(Clone, Copy)]
@@ -102,8 +111,17 @@ impl<'a> Product<'a> {
 /// How many parts a tall product (M, N) over K of factors in f16 (or f32) is split into, and what of K each of them sums.
 pub fn splits(variant: Variant, f16: bool, [m, n, k]: [usize; 3]) -> (usize, usize) {
     let tile = tiles::choose(variant, f16, m, n);
-    let steps = k.div_ceil(tile.k as usize);
-    let wanted = ENOUGH_GROUPS.div_ceil(tile.blocks(m, n).max(1)).clamp(1, steps.div_ceil(LEAST_STEPS).max(1));
+    let (blocks, steps) = (tile.blocks(m, n).max(1), k.div_ceil(tile.k as usize));
+    let most = steps.div_ceil(LEAST_STEPS).max(1);
+    let wanted = match variant {
+        // Rounds of workgroups, as many at once as fit: a last round of few costs as much as a full one.
+        Variant::Scalar => {
+            let at_once = PROCESSORS * SCALAR_THREADS / (tile.grid.0 * tile.grid.1) as usize;
+            let time = |parts: &usize| (blocks * parts).div_ceil(at_once) * (steps.div_ceil(*parts) + STEPS_BESIDE);
+            (1..=most).min_by_key(time).unwrap_or(1)
+        }
+        Variant::Coop { .. } => ENOUGH_GROUPS.div_ceil(blocks).min(most),
+    };
     let k_split = steps.div_ceil(wanted) * tile.k as usize;
     (k.div_ceil(k_split.max(1)), k_split)
 }
@@ -214,4 +232,32 @@ pub fn sum_parts(parts: &CubeTensor, count: usize, out: &CubeTensor, accumulate:
     let (kernel, width) = sum_parts_kernel(elements, accumulate, out.dtype == DType::F16);
     let groups = (elements / width).div_ceil(256);
     kernel.launch(fold(groups as u32), &[parts, out], &[(elements / width) as u32, count as u32]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The weights' gradients of both configurations: all of K in whole steps, and no round of workgroups that leaves more than
+    /// an eighth of the processors idle.
+    #[test]
+    fn the_parts_of_a_scalar_product_fill_their_rounds() {
+        let at_once = PROCESSORS * SCALAR_THREADS / 256;
+        for sizes in [
+            [1536, 384, 16384],
+            [1152, 384, 16384],
+            [384, 384, 16384],
+            [768, 768, 8192],
+            [2304, 768, 8192],
+            [3072, 768, 8192],
+        ] {
+            let (parts, k_split) = splits(Variant::Scalar, false, sizes);
+            let tile = tiles::choose(Variant::Scalar, false, sizes[0], sizes[1]);
+            assert!(parts * k_split >= sizes[2] && (parts - 1) * k_split < sizes[2], "{sizes:?}: {parts} x {k_split}");
+            assert!(k_split.is_multiple_of(tile.k as usize), "{sizes:?}: {k_split}");
+            let groups = parts * tile.blocks(sizes[0], sizes[1]);
+            let room = groups.next_multiple_of(at_once);
+            assert!(8 * groups >= 7 * room, "{sizes:?}: {groups} workgroups in {room} places");
+        }
+    }
 }

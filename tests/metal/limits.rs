@@ -227,6 +227,12 @@ pub const RULES: &[Rule] = &[
         breaker: "var<workgroup> a: array<bool, 32>;
             @compute @workgroup_size(32) fn main() { a[0] = a[1]; }",
     },
+    Rule {
+        name: "vectors that threads share are written whole: MSL may write the other components back",
+        check: |shader| functions(shader).find_map(|(function, info)| written_in_part(shader, function, info)),
+        breaker: "var<workgroup> a: array<vec4<f32>, 8>;
+            @compute @workgroup_size(32) fn main(@builtin(local_invocation_index) i: u32) { a[i / 4u][i % 4u] = 1.0; }",
+    },
 ];
 
 fn threads(shader: &Shader) -> u32 {
@@ -333,6 +339,22 @@ fn f16_arithmetic(shader: &Shader, function: &Function, info: &FunctionInfo) -> 
         }
         _ => None,
     })
+}
+
+/// A store to one component of a vector in workgroup memory or a buffer.
+fn written_in_part(shader: &Shader, function: &Function, info: &FunctionInfo) -> Option<String> {
+    let mut found = false;
+    visit(&function.body, &mut |statement| {
+        if let Statement::Store { pointer, .. } = statement {
+            let shared = |space: AddressSpace| matches!(space, AddressSpace::WorkGroup | AddressSpace::Storage { .. });
+            // To a component; a pointer to a scalar that stands alone is a `Pointer`.
+            found |= match *info[*pointer].ty.inner_with(&shader.module.types) {
+                TypeInner::ValuePointer { size: None, space, .. } => shared(space),
+                _ => false,
+            };
+        }
+    });
+    found.then(|| format!("in {}", function.name.as_deref().unwrap_or("main")))
 }
 
 fn name(scalar: Scalar) -> String {

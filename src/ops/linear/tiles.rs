@@ -112,9 +112,8 @@ pub fn choose(variant: Variant, f16: bool, m: usize, n: usize) -> Tile {
     // what it multiplies. 43 KB of workgroup memory.
     const WIDE: Tile = tile(128, 256, 32, 2, 4);
     match variant {
-        // Fills Metal's 32 KiB of workgroup memory
-        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 32, 16, 16),
-        Variant::Scalar => tile(64, 64, 32, 8, 8),
+        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 16, 16, 16),
+        Variant::Scalar => tile(64, 64, 16, 8, 8),
         Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2),
         // An eighth of its columns at most may lie beyond the matrix.
         Variant::Coop { .. } if !f16 && WIDE.blocks(m, n) >= MANY_GROUPS && n.next_multiple_of(256) <= n + n / 8 => {

@@ -37,15 +37,31 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "rows of a tile that overlap", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
-        from: "tile_a[row * A_ROW_QUADS + select(", to: "tile_a[row * (A_ROW_QUADS - 1u) + select(", found_by: Layer::Race,
+        from: "at.k * M_QUADS + ((", to: "at.k * (M_QUADS - 1u) + ((", found_by: Layer::Race,
     },
     Fault {
         what: "a row shuffled otherwise than it is read", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
-        from: "place_in_row(quad, slot)", to: "place_in_row(quad, slot + 1u)", found_by: Layer::Values,
+        from: "N_QUADS + ((at.x / 4u) ^ shuffle(at.k))", to: "N_QUADS + ((at.x / 4u) ^ shuffle(at.k + 4u))", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a row read with the shuffle of a matrix that is not turned", kernel: "linear_scalar", constants: &[SMALL, BARE_QUADS, A_BY_M, B_BY_K],
+        from: "select(shuffle(k), 0u, A_BY_K)", to: "select(0u, shuffle(k), B_BY_N)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a block turned otherwise than it was stored", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
+        from: "vec4<f32>(first.xy, second.xy), vec4<f32>(first.zw, second.zw)", to: "vec4<f32>(first.xz, second.xz), vec4<f32>(first.yw, second.yw)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "two threads that fetch the same two rows", kernel: "linear_scalar", constants: &[LARGE, QUADS],
+        from: "two / N_QUADS * 2u", to: "two / BLOCK_N * 2u", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a component of a vector written by itself", kernel: "linear_scalar", constants: &[LARGE, QUADS],
+        from: "tile_b[slot] = vec4<f32>(first.x, second.x, first.y, second.y);", to: "tile_b[slot][at.x % 4u] = first.x;", found_by: Layer::Limits,
     },
     Fault {
         what: "more workgroup memory than there is", kernel: "linear_scalar", constants: &[LARGE, QUADS],
-        from: "const BLOCK_K: u32 = 32u;", to: "const BLOCK_K: u32 = 64u;", found_by: Layer::Limits,
+        from: "const BLOCK_K: u32 = 16u;", to: "const BLOCK_K: u32 = 64u;", found_by: Layer::Limits,
     },
     Fault {
         what: "one row more than there are", kernel: "linear_scalar", constants: &[SMALL, GELU_QUADS],

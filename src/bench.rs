@@ -27,6 +27,7 @@ use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, M
 use crate::rng;
 use crate::startup;
 use crate::train::{self, Step};
+use crate::warmup;
 
 /// What to measure. The kernels are the process's choice ([`kernel::choose`]).
 pub struct Bench<'a> {
@@ -70,6 +71,8 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     model.f16 = bench.f16;
     startup::part("weights");
     let (mut optimizer, mut position) = (Optimizer::new(bench.f16, &chosen.device), 0);
+    let compiled = warmup::compile(&chosen.device, || step.kernels(&model, &optimizer, position))?;
+    startup::part("compiling");
     let (mut samples, mut losses) = (Vec::new(), Vec::new());
     let (mut first_step, mut memory) = (None, None);
     let mut meter = Meter::of(chosen);
@@ -94,6 +97,7 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
             memory = memory.max(chosen.device.memory_pool_usage().map(|usage| usage.bytes_reserved));
         }
     }
+    drop(compiled);
     let energy = meter.stop(bench.iters, config.tokens_per_iter());
     let mean = |sum| f64::from(sum) / config.data.gradient_accumulation_steps as f64;
     let losses: Vec<f64> = read(Tensor::cat(losses, 0))?.into_iter().map(mean).collect();
@@ -118,7 +122,7 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     report.products = products;
     report.kernels = Some(kernels(bench));
     report.recompute = config.train.recompute.word().map(String::from);
-    let peak = if bench.peak { Some(matrix(chosen)?) } else { None };
+    let peak = if bench.peak { Some(matrix(chosen, bench.f16)?) } else { None };
     let profile = if bench.ops && chosen.adapter.is_some() {
         let peaks = match &peak {
             Some(peak) => Some((peak.per_second, bandwidth(chosen)?.per_second)),

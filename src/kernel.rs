@@ -9,6 +9,7 @@ mod made;
 pub mod slots;
 mod submit;
 
+use std::cell::RefCell;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -25,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::{profile, startup};
 
 pub use made::Made;
-pub use submit::limit as submit_limit;
+pub use submit::{begin_step, limit as submit_limit};
 
 /// The text of a kernel and the size of its workgroup. The entry point is `main`. A clone costs next to nothing.
 #[derive(Clone, Debug)]
@@ -150,6 +151,9 @@ impl Kernel {
             None => (false, f64::INFINITY),
         });
         let kernel = Self { int64, ..self };
+        if NOTED.with_borrow_mut(|noted| noted.as_mut().map(|noted| noted.push(kernel.clone()))).is_some() {
+            return;
+        }
         let buffers = tensors.iter().map(|t| t.handle.clone().binding()).collect();
         let mut arguments = KernelArguments::new().with_buffers(buffers);
         arguments.info = MetadataBindingInfo::custom(pack(params));
@@ -167,6 +171,19 @@ impl Kernel {
             launch(kernel);
         }
     }
+}
+
+thread_local! {
+    /// The kernels that this thread was asked to launch, while they are only noted.
+    static NOTED: RefCell<Option<Vec<Kernel>>> = const { RefCell::new(None) };
+}
+
+/// What `work` gives, and the kernels that it launches on this thread, in their order. None of them runs, so the tensors that they
+/// would write hold anything.
+pub fn noted<T>(work: impl FnOnce() -> T) -> (T, Vec<Kernel>) {
+    NOTED.set(Some(Vec::new()));
+    let done = work();
+    (done, NOTED.take().unwrap_or_default())
 }
 
 /// A grid of `groups` workgroups, folded into two dimensions where one is too short.

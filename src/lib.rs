@@ -60,4 +60,5 @@ pub mod train;
 /// The operations once more, as plain f64 loops.
 pub mod twins;
 /// Ends a run whose device hangs.
+pub mod warmup;
 pub mod watchdog;

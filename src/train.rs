@@ -13,14 +13,17 @@ use crate::config::Config;
 use crate::data::{Batch, Dataset, Split};
 use crate::device;
 use crate::failure;
+use crate::kernel::{self, Kernel};
 use crate::metrics::{NANOGPT_PEAK, Record, Reporter};
 use crate::model::{Gpt, GptConfig, Scale};
+use crate::ops::adamw;
 use crate::ops::dropout::Dropout;
 use crate::ops::verdict;
 use crate::optim::{self, GradientSum, LastStep, Optimizer};
 use crate::profile;
 use crate::recompute;
 use crate::startup;
+use crate::warmup;
 
 /// What a run starts from.
 pub enum Start {
@@ -95,6 +98,8 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
     };
     let step = Step { config, batch: &batch };
     startup::part("weights");
+    let mut compiled = Some(warmup::compile(run.device, || step.kernels(&model, &optimizer, state.position))?);
+    startup::part("compiling");
     let (first_iter, mut undisturbed_ms) = (state.step, 0.0);
     let mut timed = Timer::start();
 
@@ -162,6 +167,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
             startup::part("first step");
             startup::end();
         }
+        drop(compiled.take()); // by now CubeCL has its own
         state.step += 1;
         timed.iters += 1;
 
@@ -219,20 +225,47 @@ pub struct Step<'a> {
 }
 
 impl Step<'_> {
+    /// The kernels that this step and an evaluation launch. Nothing is computed: the work is done with launches that are noted
+    /// only, over tensors that are those of a micro-batch and are gone afterwards.
+    ///
+    /// # Errors
+    /// When there is no batch, or for a fault of this program.
+    pub fn kernels(&self, model: &Gpt, optimizer: &Optimizer, position: u64) -> Result<Vec<Kernel>> {
+        let (done, noted) = kernel::noted(|| -> Result<()> {
+            let (tokens, targets) = (self.batch)(position)?;
+            let (x, y) = (tokens.clone().inner(), targets.clone().inner());
+            model.valid().rounded().loss(x, y, Dropout::OFF);
+            let scale = Scale(optimizer.memory.clone());
+            let (dropout, recompute) = (self.dropout(position), self.config.train.recompute);
+            let mut sum = GradientSum::default();
+            recompute::gradients(&model.rounded(), tokens, targets, dropout, scale, recompute, &mut sum)?;
+            Ok(())
+        });
+        done?;
+        // The optimizer's by name: what it does to the model is not to be tried on the model.
+        Ok([noted, adamw::kernels(), vec![verdict::kernel()]].concat())
+    }
+
+    /// The dropout of the micro-batch at a position of the data.
+    fn dropout(&self, position: u64) -> Dropout {
+        let (probability, seed) = (self.config.model.dropout as f32, self.config.train.seed);
+        Dropout { probability, seed, step: position as u32, site: 0 }
+    }
+
     /// Forward and backward of every micro-batch from `position` on, which moves behind them; clip; AdamW. Queues the work
     /// and waits for nothing. Returns the model and, still on the device, the sum of the micro-batches' losses in nats, (1).
     ///
     /// # Errors
     /// When there is no batch, or for a fault of this program.
     pub fn run(&self, model: Gpt, optimizer: &mut Optimizer, position: &mut u64, lr: f64) -> Result<(Gpt, Tensor<1>)> {
+        kernel::begin_step();
         let parts = self.config.data.gradient_accumulation_steps;
-        let (seed, probability) = (self.config.train.seed, self.config.model.dropout as f32);
         let mut gradients = GradientSum::default();
         let mut loss_sum: Option<Tensor<1>> = None;
         let rounded = model.rounded();
         for _ in 0..parts {
             let (tokens, targets) = (self.batch)(*position)?;
-            let dropout = Dropout { probability, seed, step: *position as u32, site: 0 };
+            let dropout = self.dropout(*position);
             *position += 1;
             // The gradients come multiplied by the loss scale, and are a sum over micro-batches: the verdict divides.
             let scale = Scale(optimizer.memory.clone());

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::process::Command;
 
 use burn::tensor::{Device, Int, Tensor};
@@ -11,6 +11,7 @@ use common::*;
 use gpt_wgpu::checkpoint::read;
 use gpt_wgpu::config::Config;
 use gpt_wgpu::data::Batch;
+use gpt_wgpu::kernel::{self, Kernel};
 use gpt_wgpu::model::{Gpt, Scale};
 use gpt_wgpu::ops::dropout::Dropout;
 use gpt_wgpu::optim::{GradientSum, Optimizer};
@@ -76,6 +77,36 @@ fn three_steps(inner: &Device, f16: bool, recompute: Recompute) -> Bits {
     assert_eq!((position, optimizer.last_step().unwrap().updates), (6, 3));
     parameters::visit(&model, &mut bits);
     bits
+}
+
+/// What is compiled ahead is what a step launches, no kernel less; and to find out computes nothing.
+#[test]
+fn the_kernels_of_a_step_are_known_before_it() {
+    let (in_f32, in_f16) = (gpu().map(|device| (device, false)), gpu_with_f16().map(|device| (device, true)));
+    for (inner, f16) in in_f32.into_iter().chain(in_f16) {
+        for recompute in [Recompute::None, Recompute::AttentionMlp, Recompute::Block] {
+            let (config, device) = (config(recompute), inner.clone().autodiff());
+            let batch = |position| Ok(batch(&config, position, &device));
+            let step = Step { config: &config, batch: &batch };
+            let mut model = Gpt::init(&config.gpt(VOCABULARY), 1, &device);
+            model.f16 = f16;
+            let mut optimizer = Optimizer::new(f16, &inner);
+            let bits = |model: &Gpt| {
+                let mut bits = Bits::default();
+                parameters::visit(model, &mut bits);
+                bits.0
+            };
+            let before = bits(&model);
+            let known = step.kernels(&model, &optimizer, 0).unwrap();
+            let known: HashSet<String> = known.iter().map(Kernel::text).collect();
+            assert!(before == bits(&model), "a parameter changed");
+            let (stepped, launched) = kernel::noted(|| step.run(model, &mut optimizer, &mut 0, 1e-3));
+            stepped.unwrap();
+            let missing = launched.iter().filter(|kernel| !known.contains(&kernel.text()));
+            let missing: Vec<_> = missing.map(Kernel::name).collect();
+            assert!(launched.len() > 50 && missing.is_empty(), "{recompute:?}, f16 {f16}: {missing:?}");
+        }
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::device::{Chosen, wait};
 use crate::ops::linear::linear;
@@ -25,19 +25,25 @@ const LONG: f64 = 0.1;
 const ROUNDS: usize = 5;
 const ROUND: f64 = 0.02;
 
-/// The matrix peak in FLOP/s: the fastest of square products of growing size, made by the model's own linear layer.
+/// The matrix peak in FLOP/s for tensors of f16 (or f32): the fastest of square products of growing size, made by the model's own
+/// linear layer.
 ///
 /// # Errors
 /// When the device fails.
-pub fn matrix(chosen: &Chosen) -> Result<Peak> {
+pub fn matrix(chosen: &Chosen, f16: bool) -> Result<Peak> {
     let device = &chosen.device;
+    let storage = if f16 { " in f16" } else { "" };
     let mut best = Peak { per_second: 0.0, how: String::new() };
     for n in [256, 512, 1024, 2048, 4096] {
-        let (x, w) = (random::<2>([n, n], device), random::<2>([n, n], device));
+        let operand = || {
+            let values = random::<2>([n, n], device);
+            if f16 { values.cast(DType::F16) } else { values }
+        };
+        let (x, w) = (operand(), operand());
         let seconds = fastest(device, || drop(linear(x.clone(), w.clone(), None)))?;
         let flops = 2.0 * (n as f64).powi(3) / seconds;
         if flops > best.per_second {
-            let how = format!("the model's own linear layer, {n}x{n}x{n}, fastest of {ROUNDS} rounds");
+            let how = format!("the model's own linear layer{storage}, {n}x{n}x{n}, fastest of {ROUNDS} rounds");
             best = Peak { per_second: flops, how };
         }
         if seconds > LONG {

@@ -12,6 +12,17 @@ const PER_BYTE: f64 = 10.0;
 thread_local! {
     /// Work that this thread has launched since it last submitted. CubeCL submits by itself too, unseen: this is an upper bound.
     static QUEUED: Cell<f64> = const { Cell::new(0.0) };
+    /// Launches until the next is preceded by a submit; 0: as many as CubeCL takes.
+    static FIRST: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Launches of a step that are submitted by themselves. Where each step is waited for, the device has nothing to do until the
+/// first submit: 64 launches are half a millisecond of the host's time.
+const FIRST_LAUNCHES: u32 = 8;
+
+/// Says that a step begins: its first few launches are submitted at once.
+pub fn begin_step() {
+    FIRST.set(FIRST_LAUNCHES + 1);
 }
 
 /// Operations that a device of this kind (`discrete`, `integrated`, ...) may be given at once.
@@ -26,7 +37,9 @@ pub fn limit(kind: &str) -> f64 {
 pub fn is_full(flops: f64, bytes: usize, limit: f64) -> bool {
     let work = flops + PER_BYTE * bytes as f64;
     let before = QUEUED.get();
-    let full = before > 0.0 && before + work > limit;
+    let first = FIRST.get();
+    FIRST.set(first.saturating_sub(1));
+    let full = first == 1 || before > 0.0 && before + work > limit;
     QUEUED.set(if full { work } else { before + work });
     full
 }
@@ -40,5 +53,14 @@ mod tests {
         let full: Vec<bool> = [40.0, 40.0, 40.0, 200.0, 0.0, 1.0].map(|flops| is_full(flops, 0, 100.0)).into();
         assert_eq!(full, [false, false, true, true, true, false]);
         assert!(is_full(0.0, 10, 100.0), "bytes count too");
+    }
+
+    #[test]
+    fn a_steps_first_launches_are_submitted_at_once() {
+        begin_step();
+        let full = (0..20).filter(|_| is_full(1.0, 0, 100.0)).count();
+        assert_eq!(full, 1);
+        begin_step();
+        assert_eq!((0..).position(|_| is_full(0.0, 0, f64::INFINITY)), Some(FIRST_LAUNCHES as usize));
     }
 }

@@ -99,7 +99,7 @@ pub fn kernel(pass: Pass, variant: Variant, head_dim: usize, f16_storage: bool, 
     let rows = match variant {
         Variant::Scalar => scalar(head_dim, pass).own,
         Variant::Coop { edge, .. } => {
-            let t = coop(edge, head_dim, pass);
+            let t = coop(edge, head_dim, pass, dropout);
             t.subgroups * t.row_blocks * edge
         }
     };

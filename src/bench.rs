@@ -70,7 +70,8 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     let mut model = Gpt::init(&bench.gpt, config.train.seed, &device);
     model.f16 = bench.f16;
     startup::part("weights");
-    let (mut optimizer, mut position) = (Optimizer::new(bench.f16, &chosen.device), 0);
+    let (mut optimizer, mut position) =
+        (Optimizer::for_micro_batches(config.data.gradient_accumulation_steps, bench.f16, &chosen.device), 0);
     let compiled = warmup::compile(&chosen.device, || step.kernels(&model, &optimizer, position))?;
     startup::part("compiling");
     let (mut samples, mut losses) = (Vec::new(), Vec::new());

@@ -108,7 +108,14 @@ impl GradientSum {
 impl Optimizer {
     /// Before the first step on `device` (without autodiff), for activations in f16 (or f32).
     pub fn new(f16: bool, device: &Device) -> Self {
-        Self::with_memory(verdict::first_state(1.0, 0), f16, device)
+        Self::for_micro_batches(1, f16, device)
+    }
+
+    /// The same for steps of several micro-batches, which the first loss scale depends on ([`verdict::first_scale`]).
+    pub fn for_micro_batches(count: usize, f16: bool, device: &Device) -> Self {
+        let mut memory = verdict::first_state(if f16 { verdict::first_scale(count) } else { 1.0 }, 0);
+        memory[verdict::state::HAS_SCALE] = f32::from(f16);
+        Self::with_memory(memory, f16, device)
     }
 
     /// With what the verdicts of earlier steps remember, and no moments yet. Where those were in the other type, the loss scale

@@ -234,11 +234,13 @@ impl Step<'_> {
         let (done, noted) = kernel::noted(|| -> Result<()> {
             let (tokens, targets) = (self.batch)(position)?;
             let (x, y) = (tokens.clone().inner(), targets.clone().inner());
-            model.valid().rounded().loss(x, y, Dropout::OFF);
             let scale = Scale(optimizer.memory.clone());
             let (dropout, recompute) = (self.dropout(position), self.config.train.recompute);
             let mut sum = GradientSum::default();
             recompute::gradients(&model.rounded(), tokens, targets, dropout, scale, recompute, &mut sum)?;
+            drop(sum);
+            // After the larger work, in the memory that it left: the pool is to grow as a step makes it grow.
+            model.valid().rounded().loss(x, y, Dropout::OFF);
             Ok(())
         });
         done?;
@@ -288,6 +290,7 @@ impl Step<'_> {
 /// Model, optimizer and state before the first iteration.
 fn begin(config: &Config, start: Start, f16: bool, device: &Device) -> Result<(Gpt, Optimizer, State)> {
     let inner = device.clone().without_autodiff();
+    let new_optimizer = || Optimizer::for_micro_batches(config.data.gradient_accumulation_steps, f16, &inner);
     let new_state = |model: GptConfig| State {
         version: checkpoint::VERSION,
         step: 0,
@@ -300,11 +303,11 @@ fn begin(config: &Config, start: Start, f16: bool, device: &Device) -> Result<(G
     let (mut model, optimizer, state) = match start {
         Start::Scratch(gpt) => {
             let model = Gpt::init(&gpt, config.train.seed, device);
-            (model, Optimizer::new(f16, &inner), new_state(gpt))
+            (model, new_optimizer(), new_state(gpt))
         }
         Start::Weights(model) => {
             let gpt = model.config;
-            (*model, Optimizer::new(f16, &inner), new_state(gpt))
+            (*model, new_optimizer(), new_state(gpt))
         }
         Start::Resume(checkpoint) => {
             let model = checkpoint.model(device)?;

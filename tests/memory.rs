@@ -253,6 +253,8 @@ fn after_steps(chosen: &Chosen, gpt: &GptConfig, config: &Config, f16: bool, ste
     let mut model = Gpt::init(gpt, 1, &device);
     model.f16 = f16;
     let (mut optimizer, mut position) = (Optimizer::new(f16, &chosen.device), 0);
+    // What is done ahead of a run where kernels are compiled ahead
+    step.kernels(&model, &optimizer, position).unwrap();
     let mut usage = Vec::new();
     for _ in 0..steps {
         let (updated, _) = step.run(model, &mut optimizer, &mut position, 1e-3).unwrap();

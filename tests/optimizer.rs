@@ -333,4 +333,6 @@ fn a_loss_scale_is_taken_up_again_unless_the_type_changes() {
         assert_eq!(taken_up(&memory, true).0, f64::from(want));
     }
     assert_eq!((taken_up(&f32, true).0, taken_up(&f32, false).0), (f64::from(FIRST_SCALE), 1.0));
+    let first = |count, f16| scale(&Optimizer::for_micro_batches(count, f16, &device));
+    assert_eq!([first(1, true), first(40, true), first(60, true), first(60, false)], [65536.0, 1024.0, 1024.0, 1.0]);
 }

@@ -1,6 +1,5 @@
 // Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"): a counter and a key give four random
-// words, and nothing is stored. Seven rounds are the fewest that pass BigCrush there, and masks need no more; ten cost the
-// attention kernels a tenth of their time. The CPU twin gives the same bits. Vectors (Random123, counter; key -> words):
+// words, and nothing is stored. Seven rounds are the fewest that pass BigCrush there, and masks need no more. The CPU twin gives the same bits. Vectors (Random123, counter; key -> words):
 //   00000000 x4; 00000000 x2                                            -> 5f6fb709 0d893f64 4f121f81 4f730a48
 //   ffffffff x4; ffffffff x2                                            -> 5207ddc2 45165e59 4d8ee751 8c52f662
 //   243f6a88 85a308d3 13198a2e 03707344; a4093822 299f31d0              -> 4dfccaba 190a87f0 c47362ba b6b5242a

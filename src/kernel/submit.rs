@@ -12,17 +12,28 @@ const PER_BYTE: f64 = 10.0;
 thread_local! {
     /// Work that this thread has launched since it last submitted. CubeCL submits by itself too, unseen: this is an upper bound.
     static QUEUED: Cell<f64> = const { Cell::new(0.0) };
-    /// Launches until the next is preceded by a submit; 0: as many as CubeCL takes.
-    static FIRST: Cell<u32> = const { Cell::new(0) };
+    /// Launches since the step began; none: CubeCL submits as it likes.
+    static OF_STEP: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// Launches of a step that are submitted by themselves. Where each step is waited for, the device has nothing to do until the
-/// first submit: 64 launches are half a millisecond of the host's time.
-const FIRST_LAUNCHES: u32 = 8;
+/// Launches of a step that are submitted by themselves, and launches at which this ends. In between twice as many are submitted
+/// each time. Where each step is waited for, the device has nothing to do until the first submit, and little until the second: 64
+/// launches are half a millisecond of the host's time.
+const FIRST_LAUNCHES: u32 = 4;
+const LAST_OF_FIRST: u32 = 60;
 
-/// Says that a step begins: its first few launches are submitted at once.
+/// Says that a step begins: its first launches are submitted soon.
 pub fn begin_step() {
-    FIRST.set(FIRST_LAUNCHES + 1);
+    OF_STEP.set(Some(0));
+}
+
+/// Counts a launch of the step, and says whether what was launched before is submitted: 4 launches, then 8, 16 and 32.
+fn is_early() -> bool {
+    let Some(launches) = OF_STEP.get() else {
+        return false;
+    };
+    OF_STEP.set(Some(launches + 1).filter(|_| launches < LAST_OF_FIRST));
+    launches > 0 && (launches + FIRST_LAUNCHES).is_power_of_two()
 }
 
 /// Operations that a device of this kind (`discrete`, `integrated`, ...) may be given at once.
@@ -37,9 +48,7 @@ pub fn limit(kind: &str) -> f64 {
 pub fn is_full(flops: f64, bytes: usize, limit: f64) -> bool {
     let work = flops + PER_BYTE * bytes as f64;
     let before = QUEUED.get();
-    let first = FIRST.get();
-    FIRST.set(first.saturating_sub(1));
-    let full = first == 1 || before > 0.0 && before + work > limit;
+    let full = is_early() || before > 0.0 && before + work > limit;
     QUEUED.set(if full { work } else { before + work });
     full
 }
@@ -56,11 +65,11 @@ mod tests {
     }
 
     #[test]
-    fn a_steps_first_launches_are_submitted_at_once() {
-        begin_step();
-        let full = (0..20).filter(|_| is_full(1.0, 0, 100.0)).count();
-        assert_eq!(full, 1);
-        begin_step();
-        assert_eq!((0..).position(|_| is_full(0.0, 0, f64::INFINITY)), Some(FIRST_LAUNCHES as usize));
+    fn a_steps_first_launches_are_submitted_soon() {
+        for _ in 0..2 {
+            begin_step();
+            let submitted: Vec<u32> = (0..200).filter(|_| is_full(0.0, 0, f64::INFINITY)).collect();
+            assert_eq!(submitted, [4, 12, 28, 60]);
+        }
     }
 }

@@ -53,6 +53,12 @@ pub const VERDICT: usize = 4;
 pub const GROWTH_INTERVAL: f32 = 2000.0;
 /// A scale that PyTorch begins with.
 pub const FIRST_SCALE: f32 = 65536.0;
+/// The scale that a step of so many micro-batches begins with. Their gradients are summed and divided at the end, so each of them gets
+/// the room below f16's largest number that it has in PyTorch, where their losses are divided first.
+pub fn first_scale(micro_batches: usize) -> f32 {
+    (FIRST_SCALE / micro_batches.next_power_of_two() as f32).max(SCALES.0)
+}
+
 /// The scale stays in this range.
 pub const SCALES: (f32, f32) = (6.103_515_6e-5, 16_777_216.0);
 

@@ -145,7 +145,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "what comes past the norm, of the row's first lane", kernel: "layer_norm_backward", constants: &[LANES67, PAST],
-        from: "value += lanes(past[first + lane]);", to: "value += lanes(past[first]);", found_by: Layer::Values,
+        from: "added[i] = past[first + lane];", to: "added[i] = past[first];", found_by: Layer::Values,
     },
     Fault {
         what: "a residual of the tiles before", kernel: "linear_coop", constants: &[RESIDUAL_SINGLES],

@@ -242,7 +242,8 @@ fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
     let device = tensor.device();
     let data = failure::checked(&device, tensor.try_into_data())?;
-    data.try_into_vec::<f32>().map_err(|e| anyhow!("unexpected element type: {e:?}"))
+    // The bytes may be fetched only now: what fails here is the device too.
+    Ok(failure::checked(&device, data.try_into_vec::<f32>())?)
 }
 
 #[derive(Default)]

@@ -149,10 +149,14 @@ pub fn told(device: &Device) -> Option<DeviceError> {
 /// # Errors
 /// The first thing that went wrong.
 pub fn checked<T, E: Debug>(device: &Device, result: Result<T, E>) -> Result<T, DeviceError> {
-    match told(device) {
-        Some(error) => Err(error),
-        None => result.map_err(|error| DeviceError::of_burn(&error)),
+    if let Some(error) = told(device) {
+        return Err(error);
     }
+    result.map_err(|error| {
+        // The loss of a device may be told after what it causes, to who asks.
+        let asked = watched(device, |watched| watched.device.poll(wgpu::PollType::Poll));
+        asked.and_then(|_| told(device)).unwrap_or_else(|| DeviceError::of_burn(&error))
+    })
 }
 
 /// The iteration that is worked on, and how many were begun: errors name the one, the watchdog looks at the other.

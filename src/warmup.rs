@@ -38,7 +38,14 @@ pub fn compile(device: &Device, kernels: impl FnOnce() -> Result<Vec<Kernel>>) -
     let next = AtomicUsize::new(0);
     let worker = || {
         let own = std::iter::from_fn(|| texts.get(next.fetch_add(1, Ordering::Relaxed)));
-        own.map(|text| pipeline(&device, text)).collect::<Vec<_>>()
+        let made = own.map(|text| {
+            let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+            let pipeline = pipeline(&device, text);
+            // CubeCL's own creation fails in the same way, and is heard.
+            drop(pollster::block_on(scope.pop()));
+            pipeline
+        });
+        made.collect::<Vec<_>>()
     };
     Ok(thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
@@ -52,18 +59,13 @@ fn keeps_pipelines(device: &wgpu::Device) -> bool {
     adapter.backend == wgpu::Backend::Vulkan && adapter.vendor == NVIDIA
 }
 
-/// The pipeline of a kernel's text, described as CubeCL describes it.
-fn pipeline(device: &wgpu::Device, text: &str) -> wgpu::ComputePipeline {
-    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+/// The pipeline of a kernel's text as CubeCL makes it. What is wrong with the text is told to the device's error scope.
+pub fn pipeline(device: &wgpu::Device, text: &str) -> wgpu::ComputePipeline {
     let source = wgpu::ShaderSource::Wgsl(text.into());
-    // SAFETY: the pipeline is never run.
-    let module = unsafe {
-        device.create_shader_module_trusted(
-            wgpu::ShaderModuleDescriptor { label: None, source },
-            wgpu::ShaderRuntimeChecks::unchecked(),
-        )
-    };
-    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+    let module = wgpu::ShaderModuleDescriptor { label: None, source };
+    // SAFETY: what CubeCL asks for too; our kernels stay in bounds by themselves, which tests/metal holds them to.
+    let module = unsafe { device.create_shader_module_trusted(module, wgpu::ShaderRuntimeChecks::unchecked()) };
+    device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: None,
         layout: None,
         module: &module,
@@ -73,8 +75,5 @@ fn pipeline(device: &wgpu::Device, text: &str) -> wgpu::ComputePipeline {
             ..Default::default()
         },
         cache: None,
-    });
-    // CubeCL's own creation fails in the same way, and is heard.
-    drop(pollster::block_on(scope.pop()));
-    pipeline
+    })
 }

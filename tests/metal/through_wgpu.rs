@@ -1,6 +1,7 @@
 //! The cooperative kernels of edge 8 through wgpu itself, where an adapter has such matrices: a Mac, or Mesa's lavapipe from
 //! 26.1 on (scripts/mesa-coop). Here a compiler that is not ours turns the kernels into code.
 
+use gpt_wgpu::warmup::pipeline;
 use wgpu::CooperativeScalarType::{F16, F32};
 
 use crate::cases::{self, Case};
@@ -29,25 +30,6 @@ fn open(adapter: &wgpu::Adapter) -> (wgpu::Device, wgpu::Queue) {
         ..Default::default()
     };
     pollster::block_on(adapter.request_device(&request)).unwrap()
-}
-
-/// A kernel as CubeCL compiles it.
-fn pipeline(device: &wgpu::Device, wgsl: &str) -> wgpu::ComputePipeline {
-    let source = wgpu::ShaderSource::Wgsl(wgsl.into());
-    let module = wgpu::ShaderModuleDescriptor { label: None, source };
-    // SAFETY: what CubeCL asks for too; that the kernels stay in bounds is tested beside this.
-    let module = unsafe { device.create_shader_module_trusted(module, wgpu::ShaderRuntimeChecks::unchecked()) };
-    device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-        label: None,
-        layout: None,
-        module: &module,
-        entry_point: Some("main"),
-        compilation_options: wgpu::PipelineCompilationOptions {
-            zero_initialize_workgroup_memory: false,
-            ..Default::default()
-        },
-        cache: None,
-    })
 }
 
 /// What the buffers hold after one launch of `wgsl`.

@@ -84,7 +84,7 @@ fn noop() -> Result<Device> {
     };
     let matrices = vec![(16, true)];
     let capabilities =
-        Capabilities { subgroup_size: Some(SUBGROUP_SIZE), matrices, f16: true, int64: true, largest_buffer: 0 };
+        Capabilities { subgroup_size: Some(SUBGROUP_SIZE), matrices, f16: true, int64: true, ..Default::default() };
     kernel::register(cube.clone(), capabilities, f64::INFINITY);
     Ok(device)
 }

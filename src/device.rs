@@ -247,6 +247,7 @@ fn capabilities(adapter: &wgpu::Adapter) -> Capabilities {
         matrices,
         f16: adapter.features().contains(wgpu::Features::SHADER_F16),
         int64: adapter.features().contains(wgpu::Features::SHADER_INT64),
+        few_registers: apple || info.device_type == wgpu::DeviceType::Cpu,
         largest_buffer: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
     }
 }

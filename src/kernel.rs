@@ -207,6 +207,8 @@ pub struct Capabilities {
     pub f16: bool,
     /// Whether shaders have 64-bit integers.
     pub int64: bool,
+    /// Whether a thread has 128 registers and no more (Apple's GPUs; a CPU, which has fewer), where others have 255.
+    pub few_registers: bool,
     /// Bytes of the largest buffer that can be bound; 0: not known, and then 128 MiB, what every device of WebGPU's has.
     pub largest_buffer: u64,
 }
@@ -346,6 +348,11 @@ pub fn capabilities(tensor: &CubeTensor) -> Capabilities {
 /// Bytes of the largest buffer that can be bound on a tensor's device.
 pub fn largest_buffer(tensor: &CubeTensor) -> u64 {
     with_capabilities(tensor, Capabilities::largest_buffer)
+}
+
+/// Whether a thread of a tensor's device has few registers.
+pub fn few_registers(tensor: &CubeTensor) -> bool {
+    with_capabilities(tensor, |device| device.few_registers)
 }
 
 /// What `look` sees in the capabilities of a tensor's device, without a copy of them.

@@ -159,7 +159,7 @@ mod tests {
     fn kernels_of_one_identity_have_one_text() {
         let matrices = vec![(16, true), (8, true), (8, false)];
         let capabilities =
-            Capabilities { subgroup_size: Some(SUBGROUP_SIZE), matrices, f16: true, int64: true, largest_buffer: 0 };
+            Capabilities { subgroup_size: Some(SUBGROUP_SIZE), matrices, f16: true, int64: true, ..Default::default() };
         let mut texts = HashMap::new();
         for kernel in kernels(&capabilities).into_iter().chain(kernels(&capabilities)) {
             let text = kernel.text();

@@ -119,7 +119,7 @@ mod tests {
             limits,
         };
         let matrices = edges.iter().map(|&edge| (edge, true)).collect();
-        let capabilities = Capabilities { subgroup_size: Some(32), matrices, f16, int64: true, largest_buffer: 0 };
+        let capabilities = Capabilities { subgroup_size: Some(32), matrices, f16, int64: true, ..Default::default() };
         let cpu = device::choose(device::DeviceSpec::Cpu).unwrap();
         Chosen { name: "Made up".into(), backend, adapter: Some(adapter), capabilities, ..cpu }
     }

@@ -18,17 +18,20 @@ fn shape(batch: usize, time: usize, heads: usize, head_dim: usize) -> AttentionS
     AttentionShape { batch, time, heads, head_dim }
 }
 
-/// The variants that the adapter supports for f32 tensors, each with its tolerance relative to the root mean square.
-///
-/// f16 products carry 11 bits into sums of up to T terms; f32 ones 24.
-fn variants(device: &Device) -> Vec<(Variant, f64)> {
+/// A variant, and whether its tiles are those of a device with few registers.
+#[derive(Clone, Copy, Debug)]
+struct Version {
+    variant: Variant,
+    few_registers: bool,
+}
+
+/// What the adapter can run for f16 (or f32) tensors: the scalar variant with both kinds of tiles.
+fn versions(device: &Device, f16: bool) -> Vec<Version> {
     let probe = primitive(tensor(&[0.0], [1], device));
-    let supported = tiles::supported(&kernel::capabilities(&probe), false);
-    assert!(supported.contains(&Variant::Scalar));
-    supported
-        .into_iter()
-        .map(|variant| (variant, if matches!(variant, Variant::Coop { f16: true, .. }) { 3e-2 } else { 2e-4 }))
-        .collect()
+    let supported = tiles::supported(&kernel::capabilities(&probe), f16);
+    let narrow = supported.contains(&Variant::Scalar).then_some((Variant::Scalar, true));
+    let versions = supported.into_iter().map(|variant| (variant, false)).chain(narrow);
+    versions.map(|(variant, few_registers)| Version { variant, few_registers }).collect()
 }
 
 #[track_caller]
@@ -39,8 +42,9 @@ fn assert_near(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
 }
 
 /// Runs all four kernels of `variant` over guarded outputs and compares each with the twins.
-fn check(device: &Device, variant: Variant, tolerance: f64, s: AttentionShape, dropout: Dropout, scale: f64) {
-    let what = |part: &str| format!("{variant:?} {s:?} dropout {} {part}", dropout.is_on());
+fn check(device: &Device, version: Version, tolerance: f64, s: AttentionShape, dropout: Dropout, scale: f64) {
+    let what = |part: &str| format!("{version:?} {s:?} dropout {} {part}", dropout.is_on());
+    let Version { variant, few_registers } = version;
     let mut random = Random((s.time * 131 + s.head_dim) as u64);
     let channels = s.channels();
     let mut qkv = random.vec(s.batch * s.time * 3 * channels);
@@ -64,11 +68,11 @@ fn check(device: &Device, variant: Variant, tolerance: f64, s: AttentionShape, d
     let lse = Guarded::new([s.batch, s.heads, s.time, 1], device);
     let delta = Guarded::new([s.batch, s.heads, s.time, 1], device);
     let dqkv = Guarded::new([s.batch, s.time, 3 * channels], device);
-    launch(Pass::Forward, variant, s.heads, dropout, &input, &[&input, &out.inside, &lse.inside]);
+    launch(Pass::Forward, variant, few_registers, s.heads, dropout, &input, &[&input, &out.inside, &lse.inside]);
     launch_delta(s.heads, &input, &[&cotangent, &out.inside, &delta.inside]);
     let tensors = [&input, &cotangent, &lse.inside, &delta.inside, &dqkv.inside];
-    launch(Pass::Dq, variant, s.heads, dropout, &input, &tensors);
-    launch(Pass::Dkv, variant, s.heads, dropout, &input, &tensors);
+    launch(Pass::Dq, variant, few_registers, s.heads, dropout, &input, &tensors);
+    launch(Pass::Dkv, variant, few_registers, s.heads, dropout, &input, &tensors);
 
     assert_near(&what("out"), &out.values("out"), &want_out, tolerance);
     assert_close(&what("lse"), &lse.values("lse"), &want_lse, if tolerance > 1e-2 { 5e-3 } else { 1e-5 });
@@ -76,34 +80,39 @@ fn check(device: &Device, variant: Variant, tolerance: f64, s: AttentionShape, d
     assert_near(&what("dqkv"), &dqkv.values("dqkv"), &want_dqkv, tolerance);
 }
 
-fn on_gpu(test: impl Fn(&Device, Variant, f64)) {
+/// Runs `test` for everything that the adapter can run for f32 tensors, with the tolerance relative to the root mean square: f16
+/// products carry 11 bits into sums of up to T terms; f32 ones 24.
+fn on_gpu(test: impl Fn(&Device, Version, f64)) {
     let Some(device) = gpu() else {
         eprintln!("SKIPPED: no GPU adapter");
         return;
     };
-    for (variant, tolerance) in variants(&device) {
-        test(&device, variant, tolerance);
+    let versions = versions(&device, false);
+    assert!(versions.iter().any(|version| version.variant == Variant::Scalar));
+    for version in versions {
+        let tolerance = if matches!(version.variant, Variant::Coop { f16: true, .. }) { 3e-2 } else { 2e-4 };
+        test(&device, version, tolerance);
     }
 }
 
 #[test]
 fn every_sequence_length_around_the_tiles() {
-    on_gpu(|device, variant, tolerance| {
+    on_gpu(|device, version, tolerance| {
         for time in [1, 2, 31, 32, 33, 64, 65, 127, 257] {
-            check(device, variant, tolerance, shape(3, time, 5, 64), Dropout::OFF, 1.0);
+            check(device, version, tolerance, shape(3, time, 5, 64), Dropout::OFF, 1.0);
         }
-        check(device, variant, tolerance, shape(1, 1024, 1, 64), Dropout::OFF, 1.0);
-        check(device, variant, tolerance, shape(1, 1009, 1, 64), DROPOUT, 1.0);
+        check(device, version, tolerance, shape(1, 1024, 1, 64), Dropout::OFF, 1.0);
+        check(device, version, tolerance, shape(1, 1009, 1, 64), DROPOUT, 1.0);
     });
 }
 
 #[test]
 fn every_head_dimension_with_and_without_dropout() {
-    on_gpu(|device, variant, tolerance| {
+    on_gpu(|device, version, tolerance| {
         for head_dim in HEAD_DIMS {
             for time in [1, 33, 130] {
                 for dropout in [Dropout::OFF, DROPOUT] {
-                    check(device, variant, tolerance, shape(1, time, 3, head_dim), dropout, 1.0);
+                    check(device, version, tolerance, shape(1, time, 3, head_dim), dropout, 1.0);
                 }
             }
         }
@@ -113,9 +122,9 @@ fn every_head_dimension_with_and_without_dropout() {
 /// |q · k| of about 1e4 before scaling: the softmax is nearly one-hot, and a maximum taken wrongly overflows.
 #[test]
 fn large_logits_and_constant_rows() {
-    on_gpu(|device, variant, tolerance| {
-        check(device, variant, tolerance.max(2e-3), shape(1, 97, 2, 64), Dropout::OFF, 22.0);
-        check(device, variant, tolerance, shape(1, 97, 2, 64), Dropout::OFF, 0.0);
+    on_gpu(|device, version, tolerance| {
+        check(device, version, tolerance.max(2e-3), shape(1, 97, 2, 64), Dropout::OFF, 22.0);
+        check(device, version, tolerance, shape(1, 97, 2, 64), Dropout::OFF, 0.0);
     });
 }
 
@@ -126,19 +135,19 @@ fn f16_tensors() {
         eprintln!("SKIPPED: no GPU adapter");
         return;
     };
-    let probe = primitive(tensor(&[0.0], [1], &device));
-    let variants = tiles::supported(&kernel::capabilities(&probe), true);
-    if variants.is_empty() {
+    let versions = versions(&device, true);
+    if versions.is_empty() {
         eprintln!("SKIPPED: the adapter has no f16");
     }
-    for variant in variants {
+    for version in versions {
+        let Version { variant, few_registers } = version;
         for (s, dropout) in [
             (shape(1, 1, 1, 16), Dropout::OFF),
             (shape(2, 33, 3, 64), DROPOUT),
             (shape(1, 130, 1, 80), Dropout::OFF),
             (shape(1, 65, 2, 128), Dropout::OFF),
         ] {
-            let what = |part: &str| format!("{variant:?} {s:?} f16 {part}");
+            let what = |part: &str| format!("{version:?} {s:?} f16 {part}");
             let mut random = Random((s.time + s.head_dim) as u64);
             let mut halves = |width: usize| -> Vec<f64> {
                 let values = random.vec(s.batch * s.time * width);
@@ -160,11 +169,19 @@ fn f16_tensors() {
             let (out_inside, dqkv_inside) = (primitive(out.clone()), primitive(dqkv.clone()));
             let rows = [s.batch, s.heads, s.time, 1];
             let (lse, delta) = (Guarded::new(rows, &device), Guarded::new(rows, &device));
-            launch(Pass::Forward, variant, s.heads, dropout, &input, &[&input, &out_inside, &lse.inside]);
+            launch(
+                Pass::Forward,
+                variant,
+                few_registers,
+                s.heads,
+                dropout,
+                &input,
+                &[&input, &out_inside, &lse.inside],
+            );
             launch_delta(s.heads, &input, &[&cotangent, &out_inside, &delta.inside]);
             let tensors = [&input, &cotangent, &lse.inside, &delta.inside, &dqkv_inside];
-            launch(Pass::Dq, variant, s.heads, dropout, &input, &tensors);
-            launch(Pass::Dkv, variant, s.heads, dropout, &input, &tensors);
+            launch(Pass::Dq, variant, few_registers, s.heads, dropout, &input, &tensors);
+            launch(Pass::Dkv, variant, few_registers, s.heads, dropout, &input, &tensors);
             assert_near(&what("out"), &values(out.cast(FloatDType::F32)), &want_out, 1e-2);
             assert_near(&what("dqkv"), &values(dqkv.cast(FloatDType::F32)), &want_dqkv, 3e-2);
         }
@@ -211,7 +228,7 @@ fn a_wrong_scale_is_noticed() {
 
 #[test]
 fn no_output_sees_a_later_token_to_the_bit() {
-    on_gpu(|device, variant, _| {
+    on_gpu(|device, version, _| {
         let s = shape(1, 101, 2, 64);
         let width = 3 * s.channels();
         let qkv = Random(3).vec(s.time * width);
@@ -219,7 +236,15 @@ fn no_output_sees_a_later_token_to_the_bit() {
             let input = primitive(tensor(qkv, [1, s.time, width], device));
             let out = Guarded::new([1, s.time, s.channels()], device);
             let lse = Guarded::new([1, s.heads, s.time, 1], device);
-            launch(Pass::Forward, variant, s.heads, Dropout::OFF, &input, &[&input, &out.inside, &lse.inside]);
+            launch(
+                Pass::Forward,
+                version.variant,
+                version.few_registers,
+                s.heads,
+                Dropout::OFF,
+                &input,
+                &[&input, &out.inside, &lse.inside],
+            );
             out.values("out")
         };
         let before = run(&qkv);
@@ -228,8 +253,8 @@ fn no_output_sees_a_later_token_to_the_bit() {
             changed[token * width..].iter_mut().for_each(|v| *v = 3.0 - *v);
             let after = run(&changed);
             let first = token * s.channels();
-            assert_eq!(before[..first], after[..first], "{variant:?}: token {token} leaked backwards");
-            assert_ne!(before[first..], after[first..], "{variant:?}: token {token} changed nothing");
+            assert_eq!(before[..first], after[..first], "{version:?}: token {token} leaked backwards");
+            assert_ne!(before[first..], after[first..], "{version:?}: token {token} changed nothing");
         }
     });
 }

@@ -1,32 +1,19 @@
 // Causal attention, backward, dK and dV, without subgroups, f16 arithmetic or cooperative matrices: it runs everywhere.
 //
-// One workgroup computes the gradients of BLOCK_K keys and values of one head, all D columns. Keys are the rows here,
-// so scores appear transposed:
+// One workgroup computes the gradients of OWN keys and values of one head, all D columns. Keys are the rows here, so scores
+// appear transposed:
 //     dK = dV = 0
-//     for each tile of BLOCK_Q queries from the diagonal on (Q and dOut whole, K and V in chunks of DIM_CHUNK columns):
-//         S' = K Q^T;  P' = exp(S' * scale - lse)            the forward: out = dropout(P) V
-//         dV += dropout(P') dOut                             P' through workgroup memory
-//         dP' = dropout'(V dOut^T);  dS' = P' * (dP' - delta)
-//         dK += dS' Q                                        dS' through the same memory
+//     for each tile of OTHER queries from the diagonal on:
+//         scores' = K Q^T;  P' = exp(scores' * scale - lse)  the forward: out = dropout(P) V
+//         dV += dropout(P') dOut                             dropout(P') through the left tile
+//         gradients' = V dOut^T;  dS' = P' * (dropout'(gradients') - delta)
+//         dK += dS' Q                                        dS' through the left tile
 //     dK *= scale
-// Workgroups with the most queries are launched first; tiles above the diagonal are never visited.
+// Workgroups with the most queries are launched first; tiles above the diagonal are never visited, and threads whose keys all lie
+// beyond one skip its products.
 //
-// Header:
-//     elem           f32 or f16, the storage type; all arithmetic is f32
-//     HEAD_DIM       D, a multiple of 16
-//     THREADS        of the workgroup
-//     BLOCK_K        keys of the workgroup
-//     BLOCK_Q        queries of a tile, a multiple of 8 and of 4 * SCORE_COLS
-//     DIM_CHUNK      columns of K or V in workgroup memory at once, divides HEAD_DIM, a multiple of 8
-//     SCORE_COLS     threads side by side over the queries of S'; THREADS / SCORE_COLS divides BLOCK_K
-//     OUT_COLS       threads side by side over the columns of dK, divides HEAD_DIM / 4; THREADS / OUT_COLS divides
-//                    BLOCK_K
-//     DROPOUT        bool; philox.wgsl is prepended too, always
-// BLOCK_K * SCORE_COLS / THREADS and BLOCK_K * OUT_COLS / THREADS are 1, 2, 4 or 8, BLOCK_Q / 4 / SCORE_COLS at most 2
-// and HEAD_DIM / 4 / OUT_COLS at most 5. A thread holds in registers
-// 2 * BLOCK_K * BLOCK_Q / THREADS scores and 2 * BLOCK_K * HEAD_DIM / THREADS gradients.
-// With dropout, let BLOCK_K * SCORE_COLS / THREADS be a multiple of 4: then one Philox call serves four keys, not one.
-// Grid: batch * heads * ceil(seq_len / BLOCK_K) workgroups, folded into (x, y) when over 65535.
+// Header: as attention_scalar_products.wgsl, which is prepended, says.
+// Grid: batch * heads * ceil(seq_len / OWN) workgroups, folded into (x, y) when over 65535.
 //
 // Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
 //           4 dqkv (B, T, 3C) elem, its k and v thirds are written; 5 params.
@@ -53,293 +40,147 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> dqkv: array<vec4<elem>>;
 @group(0) @binding(5) var<uniform> params: Params;
 
-const LOG2_E: f32 = 1.4426950408889634;
-const MASKED: f32 = -1e30;  // finite: fast math may assume that no infinity exists
-const NO_QUERY: f32 = 1e30; // the lse of a query beyond the end: its probabilities become exp2(-1e30) = 0
+var<private> scores: Scores;    // then P', a dropped one with a minus sign
+var<private> gradients: Scores; // dropout(P'), then the gradients, then dS'
+var<private> key_sums: Sums;
+var<private> value_sums: Sums;
 
-// A "quad" is four neighbours that move as one vec4.
-const DIM_QUADS: u32 = HEAD_DIM / 4u;
-const DIM_STRIDE: u32 = DIM_QUADS + 1u;     // odd: threads on neighbouring rows read without bank conflicts
-const CHUNK_QUADS: u32 = DIM_CHUNK / 4u;
-const CHUNK_STRIDE: u32 = CHUNK_QUADS + 1u;
-const QUERY_QUADS: u32 = BLOCK_Q / 4u;
-const SCORE_STRIDE: u32 = BLOCK_K + 1u;
-const SCORE_ROW_THREADS: u32 = THREADS / SCORE_COLS;
-const SCORE_ROWS: u32 = BLOCK_K / SCORE_ROW_THREADS;
-const SCORE_QUADS: u32 = QUERY_QUADS / SCORE_COLS;
-const OUT_ROW_STEP: u32 = THREADS / OUT_COLS;
-const OUT_ROWS: u32 = BLOCK_K / OUT_ROW_STEP;
-const OUT_QUADS: u32 = DIM_QUADS / OUT_COLS;
-// A thread's keys come in runs of this many, so that a run shares one Philox call.
-const KEY_RUN: u32 = select(1u, 4u, SCORE_ROWS % 4u == 0u);
-
-// Queries lie permuted in the tiles: query 4 q + j at slot j * QUERY_QUADS + q. Neighbouring threads then own
-// neighbouring quads of queries and still read neighbouring slots.
-var<workgroup> query_tile: array<vec4<f32>, BLOCK_Q * DIM_STRIDE>;       // [slot][quad]
-var<workgroup> dout_tile: array<vec4<f32>, BLOCK_Q * DIM_STRIDE>;        // [slot][quad]
-var<workgroup> row_tile: array<vec4<f32>, BLOCK_K * CHUNK_STRIDE>;       // [key][chunk quad] of K, then of V
-var<workgroup> score_tile: array<vec4<f32>, QUERY_QUADS * SCORE_STRIDE>; // P', then dS', [query quad][key]
-var<workgroup> query_lse: array<f32, BLOCK_Q>;                           // in units of log 2
-var<workgroup> query_delta: array<f32, BLOCK_Q>;
-
-// What a thread holds. Loops over these arrays are written out as calls: NVIDIA's compiler does not unroll long ones,
-// and an array that it cannot index by constants leaves the registers (measured: up to 30 % slower).
-var<private> scores: array<vec4<f32>, SCORE_ROWS * SCORE_QUADS>;    // S', then P'
-var<private> gradients: array<vec4<f32>, SCORE_ROWS * SCORE_QUADS>;
-var<private> key_gradient: array<vec4<f32>, OUT_ROWS * OUT_QUADS>;
-var<private> value_gradient: array<vec4<f32>, OUT_ROWS * OUT_QUADS>;
-var<private> random: array<vec4<u32>, 4 * SCORE_QUADS>;            // of the current run of keys, a query each
-var<private> score_row: u32; // the thread's place in S
-var<private> score_col: u32;
-var<private> out_row: u32;   // and among the sums
-var<private> out_col: u32;
-
-// sum_j + dot(row, column_j) for four columns
-fn four_dots(row: vec4<f32>, c0: vec4<f32>, c1: vec4<f32>, c2: vec4<f32>, c3: vec4<f32>, sum: vec4<f32>) -> vec4<f32> {
-    var result = fma(vec4<f32>(row.x), vec4<f32>(c0.x, c1.x, c2.x, c3.x), sum);
-    result = fma(vec4<f32>(row.y), vec4<f32>(c0.y, c1.y, c2.y, c3.y), result);
-    result = fma(vec4<f32>(row.z), vec4<f32>(c0.z, c1.z, c2.z, c3.z), result);
-    return fma(vec4<f32>(row.w), vec4<f32>(c0.w, c1.w, c2.w, c3.w), result);
+// Four rows of dout at four dimensions -> registers
+fn fetch_dout_block(i: u32, block: Block, rows: Rows, chunk: u32) {
+    let last = params.seq_len - 1u;
+    let row = rows.first + 4u * block.quad;
+    let at = rows.base + chunk + block.dim_quad;
+    next_blocks[4u * i] = vec4<f32>(dout[at + min(row, last) * rows.stride]);
+    next_blocks[4u * i + 1u] = vec4<f32>(dout[at + min(row + 1u, last) * rows.stride]);
+    next_blocks[4u * i + 2u] = vec4<f32>(dout[at + min(row + 2u, last) * rows.stride]);
+    next_blocks[4u * i + 3u] = vec4<f32>(dout[at + min(row + 3u, last) * rows.stride]);
 }
 
-// sum + the combination of four columns
-fn add_four(w: vec4<f32>, v0: vec4<f32>, v1: vec4<f32>, v2: vec4<f32>, v3: vec4<f32>, sum: vec4<f32>) -> vec4<f32> {
-    var result = fma(vec4<f32>(w.x), v0, sum);
-    result = fma(vec4<f32>(w.y), v1, result);
-    result = fma(vec4<f32>(w.z), v2, result);
-    return fma(vec4<f32>(w.w), v3, result);
-}
-
-// The i-th of the thread's keys
-fn row_of(i: u32) -> u32 {
-    return score_row + i % KEY_RUN + i / KEY_RUN * (KEY_RUN * SCORE_ROW_THREADS);
-}
-
-// scores of four rows and four columns += one quad of their dot products
-fn add_scores_rows(first: u32, j: u32, quad: u32, chunk: u32) {
-    let column = (score_col + j * SCORE_COLS) * DIM_STRIDE + chunk + quad;
-    let c0 = query_tile[column];
-    let c1 = query_tile[column + QUERY_QUADS * DIM_STRIDE];
-    let c2 = query_tile[column + 2u * QUERY_QUADS * DIM_STRIDE];
-    let c3 = query_tile[column + 3u * QUERY_QUADS * DIM_STRIDE];
-    scores[j * SCORE_ROWS + first + 0u] = four_dots(
-        row_tile[(row_of(first)) * CHUNK_STRIDE + quad],
-        c0, c1, c2, c3, scores[j * SCORE_ROWS + first + 0u]);
-    if (SCORE_ROWS > 1u) {
-        scores[j * SCORE_ROWS + first + 1u] = four_dots(
-            row_tile[(row_of((first + 1u))) * CHUNK_STRIDE + quad],
-            c0, c1, c2, c3, scores[j * SCORE_ROWS + first + 1u]);
-    }
-    if (SCORE_ROWS > 2u) {
-        scores[j * SCORE_ROWS + first + 2u] = four_dots(
-            row_tile[(row_of((first + 2u))) * CHUNK_STRIDE + quad],
-            c0, c1, c2, c3, scores[j * SCORE_ROWS + first + 2u]);
-    }
-    if (SCORE_ROWS > 3u) {
-        scores[j * SCORE_ROWS + first + 3u] = four_dots(
-            row_tile[(row_of((first + 3u))) * CHUNK_STRIDE + quad],
-            c0, c1, c2, c3, scores[j * SCORE_ROWS + first + 3u]);
+// Own rows of qkv and others of dout at the dimensions from quad `chunk` on
+fn fetch_gradient_block(i: u32, own: Rows, other: Rows, chunk: u32) {
+    let block = block_of(i);
+    if (block.is_own) {
+        fetch_qkv_block(i, block, own, chunk);
+    } else {
+        fetch_dout_block(i, block, other, chunk);
     }
 }
 
-fn add_scores_quad(quad: u32, chunk: u32) {
-    add_scores_rows(0u, 0u, quad, chunk);
-    if (SCORE_ROWS > 4u) { add_scores_rows(4u, 0u, quad, chunk); }
-    if (SCORE_QUADS > 1u) {
-        add_scores_rows(0u, 1u, quad, chunk);
-        if (SCORE_ROWS > 4u) { add_scores_rows(4u, 1u, quad, chunk); }
+fn fetch_gradient_blocks(own: Rows, other: Rows, chunk: u32) {
+    fetch_gradient_block(0u, own, other, chunk);
+    if (BLOCKS > 1u) { fetch_gradient_block(1u, own, other, chunk); }
+    if (BLOCKS > 2u) { fetch_gradient_block(BLOCKS - 1u, own, other, chunk); }
+}
+
+// CHUNK rows of dout as they lie -> registers
+fn fetch_dout_rows(rows: Rows) {
+    for (var i = 0u; i < ROW_STEPS; i++) {
+        let index = thread + i * THREADS;
+        let row = min(rows.first + index / DIM_QUADS, params.seq_len - 1u);
+        next_rows[i] = vec4<f32>(dout[rows.base + row * rows.stride + index % DIM_QUADS]);
     }
 }
 
-// gradients of four rows and four columns += one quad of their dot products
-fn add_gradients_rows(first: u32, j: u32, quad: u32, chunk: u32) {
-    let column = (score_col + j * SCORE_COLS) * DIM_STRIDE + chunk + quad;
-    let c0 = dout_tile[column];
-    let c1 = dout_tile[column + QUERY_QUADS * DIM_STRIDE];
-    let c2 = dout_tile[column + 2u * QUERY_QUADS * DIM_STRIDE];
-    let c3 = dout_tile[column + 3u * QUERY_QUADS * DIM_STRIDE];
-    gradients[j * SCORE_ROWS + first + 0u] = four_dots(
-        row_tile[(row_of(first)) * CHUNK_STRIDE + quad],
-        c0, c1, c2, c3, gradients[j * SCORE_ROWS + first + 0u]);
-    if (SCORE_ROWS > 1u) {
-        gradients[j * SCORE_ROWS + first + 1u] = four_dots(
-            row_tile[(row_of((first + 1u))) * CHUNK_STRIDE + quad],
-            c0, c1, c2, c3, gradients[j * SCORE_ROWS + first + 1u]);
-    }
-    if (SCORE_ROWS > 2u) {
-        gradients[j * SCORE_ROWS + first + 2u] = four_dots(
-            row_tile[(row_of((first + 2u))) * CHUNK_STRIDE + quad],
-            c0, c1, c2, c3, gradients[j * SCORE_ROWS + first + 2u]);
-    }
-    if (SCORE_ROWS > 3u) {
-        gradients[j * SCORE_ROWS + first + 3u] = four_dots(
-            row_tile[(row_of((first + 3u))) * CHUNK_STRIDE + quad],
-            c0, c1, c2, c3, gradients[j * SCORE_ROWS + first + 3u]);
+// The query of column j
+fn query_of(j: u32, query_start: u32) -> u32 {
+    return query_start + 4u * (thread_col + j / 4u * COL_THREADS) + j % 4u;
+}
+
+fn mask_column(j: u32, query_start: u32, key_start: u32) {
+    let query = query_of(j, query_start);
+    for (var h = 0u; h < ROW_QUADS; h++) {
+        let keys = vec4<u32>(key_start + 4u * own_quad(h)) + vec4<u32>(0u, 1u, 2u, 3u);
+        scores[ROW_QUADS * j + h] = select(scores[ROW_QUADS * j + h], vec4<f32>(MASKED), vec4<u32>(query) < keys);
     }
 }
 
-fn add_gradients_quad(quad: u32, chunk: u32) {
-    add_gradients_rows(0u, 0u, quad, chunk);
-    if (SCORE_ROWS > 4u) { add_gradients_rows(4u, 0u, quad, chunk); }
-    if (SCORE_QUADS > 1u) {
-        add_gradients_rows(0u, 1u, quad, chunk);
-        if (SCORE_ROWS > 4u) { add_gradients_rows(4u, 1u, quad, chunk); }
-    }
+fn mask_quad(j: u32, query_start: u32, key_start: u32) {
+    mask_column(4u * j, query_start, key_start);
+    mask_column(4u * j + 1u, query_start, key_start);
+    mask_column(4u * j + 2u, query_start, key_start);
+    mask_column(4u * j + 3u, query_start, key_start);
 }
 
-// value_gradient of four rows and one quad of columns += four queries of dropout(P') dOut
-fn add_dv_rows(first: u32, j: u32, score_quad: u32, tile_quad: u32) {
-    let weights = score_quad * SCORE_STRIDE + out_row + first * OUT_ROW_STEP;
-    let column = tile_quad * DIM_STRIDE + out_col + j * OUT_COLS;
-    let v0 = dout_tile[column];
-    let v1 = dout_tile[column + QUERY_QUADS * DIM_STRIDE];
-    let v2 = dout_tile[column + 2u * QUERY_QUADS * DIM_STRIDE];
-    let v3 = dout_tile[column + 3u * QUERY_QUADS * DIM_STRIDE];
-    value_gradient[j * OUT_ROWS + first] = add_four(
-        score_tile[weights], v0, v1, v2, v3, value_gradient[j * OUT_ROWS + first]);
-    if (OUT_ROWS > 1u) {
-        value_gradient[j * OUT_ROWS + first + 1u] = add_four(
-            score_tile[weights + 1u * OUT_ROW_STEP], v0, v1, v2, v3, value_gradient[j * OUT_ROWS + first + 1u]);
-    }
-    if (OUT_ROWS > 2u) {
-        value_gradient[j * OUT_ROWS + first + 2u] = add_four(
-            score_tile[weights + 2u * OUT_ROW_STEP], v0, v1, v2, v3, value_gradient[j * OUT_ROWS + first + 2u]);
-    }
-    if (OUT_ROWS > 3u) {
-        value_gradient[j * OUT_ROWS + first + 3u] = add_four(
-            score_tile[weights + 3u * OUT_ROW_STEP], v0, v1, v2, v3, value_gradient[j * OUT_ROWS + first + 3u]);
-    }
-}
-
-fn add_dv_quad(j: u32, score_quad: u32, tile_quad: u32) {
-    add_dv_rows(0u, j, score_quad, tile_quad);
-    if (OUT_ROWS > 4u) { add_dv_rows(4u, j, score_quad, tile_quad); }
-}
-
-fn add_dv(score_quad: u32, tile_quad: u32) {
-    add_dv_quad(0u, score_quad, tile_quad);
-    if (OUT_QUADS > 1u) { add_dv_quad(1u, score_quad, tile_quad); }
-    if (OUT_QUADS > 2u) { add_dv_quad(2u, score_quad, tile_quad); }
-    if (OUT_QUADS > 3u) { add_dv_quad(3u, score_quad, tile_quad); }
-    if (OUT_QUADS > 4u) { add_dv_quad(4u, score_quad, tile_quad); }
-}
-
-// key_gradient of four rows and one quad of columns += four queries of dS' Q
-fn add_dk_rows(first: u32, j: u32, score_quad: u32, tile_quad: u32) {
-    let weights = score_quad * SCORE_STRIDE + out_row + first * OUT_ROW_STEP;
-    let column = tile_quad * DIM_STRIDE + out_col + j * OUT_COLS;
-    let v0 = query_tile[column];
-    let v1 = query_tile[column + QUERY_QUADS * DIM_STRIDE];
-    let v2 = query_tile[column + 2u * QUERY_QUADS * DIM_STRIDE];
-    let v3 = query_tile[column + 3u * QUERY_QUADS * DIM_STRIDE];
-    key_gradient[j * OUT_ROWS + first] = add_four(
-        score_tile[weights], v0, v1, v2, v3, key_gradient[j * OUT_ROWS + first]);
-    if (OUT_ROWS > 1u) {
-        key_gradient[j * OUT_ROWS + first + 1u] = add_four(
-            score_tile[weights + 1u * OUT_ROW_STEP], v0, v1, v2, v3, key_gradient[j * OUT_ROWS + first + 1u]);
-    }
-    if (OUT_ROWS > 2u) {
-        key_gradient[j * OUT_ROWS + first + 2u] = add_four(
-            score_tile[weights + 2u * OUT_ROW_STEP], v0, v1, v2, v3, key_gradient[j * OUT_ROWS + first + 2u]);
-    }
-    if (OUT_ROWS > 3u) {
-        key_gradient[j * OUT_ROWS + first + 3u] = add_four(
-            score_tile[weights + 3u * OUT_ROW_STEP], v0, v1, v2, v3, key_gradient[j * OUT_ROWS + first + 3u]);
-    }
-}
-
-fn add_dk_quad(j: u32, score_quad: u32, tile_quad: u32) {
-    add_dk_rows(0u, j, score_quad, tile_quad);
-    if (OUT_ROWS > 4u) { add_dk_rows(4u, j, score_quad, tile_quad); }
-}
-
-fn add_dk(score_quad: u32, tile_quad: u32) {
-    add_dk_quad(0u, score_quad, tile_quad);
-    if (OUT_QUADS > 1u) { add_dk_quad(1u, score_quad, tile_quad); }
-    if (OUT_QUADS > 2u) { add_dk_quad(2u, score_quad, tile_quad); }
-    if (OUT_QUADS > 3u) { add_dk_quad(3u, score_quad, tile_quad); }
-    if (OUT_QUADS > 4u) { add_dk_quad(4u, score_quad, tile_quad); }
-}
-
-// P' of one key and four queries: it stays in scores, a dropped one with a minus sign
-fn write_probability(i: u32, j: u32, key_start: u32, query_start: u32, batch_head: u32, exponent_scale: f32) {
-    let row = row_of(i);
-    let key = key_start + row;
-    let query_quad = score_col + j * SCORE_COLS;
-    let first = 4u * query_quad;
-    let queries = vec4<u32>(query_start + first) + vec4<u32>(0u, 1u, 2u, 3u);
-    let lse_quad = vec4<f32>(query_lse[first], query_lse[first + 1u], query_lse[first + 2u], query_lse[first + 3u]);
-    let exponents = scores[j * SCORE_ROWS + i] * exponent_scale - lse_quad;
-    var probabilities = exp2(select(exponents, vec4<f32>(MASKED), queries < vec4<u32>(key)));
-    var weights = probabilities;
-    if (DROPOUT) {
-        if (i % KEY_RUN == 0u) {
-            let rows = queries + vec4<u32>(batch_head * params.seq_len);
-            let seed = vec2<u32>(params.seed_lo, params.seed_hi);
-            random[4u * j] = philox4x32(vec4<u32>(key / 4u, rows.x, params.step, params.site), seed);
-            random[4u * j + 1u] = philox4x32(vec4<u32>(key / 4u, rows.y, params.step, params.site), seed);
-            random[4u * j + 2u] = philox4x32(vec4<u32>(key / 4u, rows.z, params.step, params.site), seed);
-            random[4u * j + 3u] = philox4x32(vec4<u32>(key / 4u, rows.w, params.step, params.site), seed);
-        }
-        let word = key % 4u;
-        let words = vec4<u32>(
-            random[4u * j][word], random[4u * j + 1u][word], random[4u * j + 2u][word], random[4u * j + 3u][word]);
-        let kept = words >= vec4<u32>(params.drop_threshold);
-        weights = select(vec4<f32>(), probabilities * params.keep_scale, kept);
-        probabilities = select(-probabilities, probabilities, kept);
-    }
-    scores[j * SCORE_ROWS + i] = probabilities;
-    score_tile[query_quad * SCORE_STRIDE + row] = weights;
-}
-
-fn write_probabilities(i: u32, key_start: u32, query_start: u32, batch_head: u32, exponent_scale: f32) {
-    write_probability(i, 0u, key_start, query_start, batch_head, exponent_scale);
-    if (SCORE_QUADS > 1u) { write_probability(i, 1u, key_start, query_start, batch_head, exponent_scale); }
-}
-
-// dS' = P' * (dP' - delta) of one key
-fn write_score_gradients(i: u32) {
-    for (var j = 0u; j < SCORE_QUADS; j++) {
-        let query_quad = score_col + j * SCORE_COLS;
-        let first = 4u * query_quad;
-        let delta_quad = vec4<f32>(
-            query_delta[first], query_delta[first + 1u], query_delta[first + 2u], query_delta[first + 3u]);
-        let probabilities = scores[j * SCORE_ROWS + i];
-        var gradient = gradients[j * SCORE_ROWS + i];
+// P' and dropout(P') of one query and all the thread's keys
+fn probabilities_column(j: u32, query_start: u32, key_start: u32, row_base: u32, scale: f32) {
+    let query = query_of(j, query_start);
+    // Beyond the end every probability becomes exp2(-1e30) = 0.
+    let row_lse = select(-MASKED, lse[row_base + min(query, params.seq_len - 1u)] * LOG2_E, query < params.seq_len);
+    for (var h = 0u; h < ROW_QUADS; h++) {
+        let at = ROW_QUADS * j + h;
+        let probabilities = exp2(scores[at] * scale - vec4<f32>(row_lse));
+        scores[at] = probabilities;
+        gradients[at] = probabilities;
         if (DROPOUT) {
-            gradient = select(vec4<f32>(), gradient * params.keep_scale, probabilities > vec4<f32>());
+            let key_quad = key_start / 4u + own_quad(h);
+            let random = philox4x32(
+                vec4<u32>(key_quad, row_base + query, params.step, params.site),
+                vec2<u32>(params.seed_lo, params.seed_hi),
+            );
+            let kept = random >= vec4<u32>(params.drop_threshold);
+            scores[at] = select(-probabilities, probabilities, kept);
+            gradients[at] = select(vec4<f32>(), probabilities * params.keep_scale, kept);
         }
-        score_tile[query_quad * SCORE_STRIDE + row_of(i)] = abs(probabilities) * (gradient - delta_quad);
     }
 }
 
-fn store_gradients(i: u32, key_start: u32, key_base: u32, value_base: u32, qkv_stride: u32, scale: f32) {
-    let key = key_start + out_row + i * OUT_ROW_STEP;
+fn probabilities_quad(j: u32, query_start: u32, key_start: u32, row_base: u32, scale: f32) {
+    probabilities_column(4u * j, query_start, key_start, row_base, scale);
+    probabilities_column(4u * j + 1u, query_start, key_start, row_base, scale);
+    probabilities_column(4u * j + 2u, query_start, key_start, row_base, scale);
+    probabilities_column(4u * j + 3u, query_start, key_start, row_base, scale);
+}
+
+// dS' = P' * (dropout'(gradients') - delta) of one query and all the thread's keys
+fn score_gradients_column(j: u32, query_start: u32, row_base: u32) {
+    let row_delta = delta[row_base + min(query_of(j, query_start), params.seq_len - 1u)];
+    for (var h = 0u; h < ROW_QUADS; h++) {
+        let at = ROW_QUADS * j + h;
+        if (DROPOUT) {
+            gradients[at] = select(vec4<f32>(), gradients[at] * params.keep_scale, scores[at] > vec4<f32>());
+        }
+        gradients[at] = abs(scores[at]) * (gradients[at] - vec4<f32>(row_delta));
+    }
+}
+
+fn score_gradients_quad(j: u32, query_start: u32, row_base: u32) {
+    score_gradients_column(4u * j, query_start, row_base);
+    score_gradients_column(4u * j + 1u, query_start, row_base);
+    score_gradients_column(4u * j + 2u, query_start, row_base);
+    score_gradients_column(4u * j + 3u, query_start, row_base);
+}
+
+fn store_row(i: u32, key: u32, key_base: u32, value_base: u32, qkv_stride: u32, scale: f32) {
     if (key < params.seq_len) {
-        for (var j = 0u; j < OUT_QUADS; j++) {
-            let index = key * qkv_stride + out_col + j * OUT_COLS;
-            dqkv[key_base + index] = vec4<elem>(key_gradient[j * OUT_ROWS + i] * scale);
-            dqkv[value_base + index] = vec4<elem>(value_gradient[j * OUT_ROWS + i]);
+        for (var c = 0u; c < OUT_QUADS; c++) {
+            let at = key * qkv_stride + thread_col + c * COL_THREADS;
+            dqkv[key_base + at] = vec4<elem>(key_sums[OUT_QUADS * i + c] * scale);
+            dqkv[value_base + at] = vec4<elem>(value_sums[OUT_QUADS * i + c]);
         }
     }
 }
 
-// Rows beyond the end are read as the last row and given probability 0 (or never stored): guards around the loads cost
-// 15 to 40 %.
+fn store_quad(h: u32, key: u32, key_base: u32, value_base: u32, qkv_stride: u32, scale: f32) {
+    store_row(4u * h, key, key_base, value_base, qkv_stride, scale);
+    store_row(4u * h + 1u, key + 1u, key_base, value_base, qkv_stride, scale);
+    store_row(4u * h + 2u, key + 2u, key_base, value_base, qkv_stride, scale);
+    store_row(4u * h + 3u, key + 3u, key_base, value_base, qkv_stride, scale);
+}
+
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) grid: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
+    @builtin(local_invocation_index) local: u32,
 ) {
     let seq_len = params.seq_len;
     let head_count = params.batch * params.heads;
-    let key_tiles = (seq_len + BLOCK_K - 1u) / BLOCK_K;
+    let key_tiles = (seq_len + OWN - 1u) / OWN;
     let tile = workgroup.y * grid.x + workgroup.x;
     if (tile >= head_count * key_tiles) {
         return;
     }
-    let key_start = tile / head_count * BLOCK_K;  // the longest columns first
+    let key_start = tile / head_count * OWN;      // the longest columns first
     let batch_head = tile % head_count;
     let batch = batch_head / params.heads;
     let head = batch_head % params.heads;
@@ -349,123 +190,84 @@ fn main(
     let key_base = query_base + channel_quads;
     let value_base = key_base + channel_quads;
     let dout_base = batch * seq_len * channel_quads + head * DIM_QUADS;
+    let row_base = batch_head * seq_len;
     let scale = 1.0 / sqrt(f32(HEAD_DIM));
-    let exponent_scale = scale * LOG2_E;
 
-    score_row = thread / SCORE_COLS * KEY_RUN; // the first of its run of keys
-    score_col = thread % SCORE_COLS;
-    out_row = thread / OUT_COLS;
-    out_col = thread % OUT_COLS;
+    thread = local;
+    thread_row = thread / COL_THREADS;
+    thread_col = thread % COL_THREADS;
+    let first_key = key_start + first_neighbour();
+    let keys = Rows(key_base, qkv_stride, key_start);
+    let values = Rows(value_base, qkv_stride, key_start);
 
-    for (var query_start = key_start / BLOCK_Q * BLOCK_Q; query_start < seq_len; query_start += BLOCK_Q) {
-        // S' = K Q^T
-        workgroupBarrier(); // the tiles' last readers are done
-        for (var step = 0u; step < (BLOCK_Q * DIM_QUADS + THREADS - 1u) / THREADS; step++) {
-            let index = thread + step * THREADS;
-            if ((BLOCK_Q * DIM_QUADS) % THREADS == 0u || index < BLOCK_Q * DIM_QUADS) {
-                let row = index / DIM_QUADS;
-                let quad = index % DIM_QUADS;
-                let source_row = min(query_start + row, seq_len - 1u);
-                let query_value = vec4<f32>(qkv[query_base + source_row * qkv_stride + quad]);
-                let dout_value = vec4<f32>(dout[dout_base + source_row * channel_quads + quad]);
-                let slot = (row % 4u) * QUERY_QUADS + row / 4u;
-                query_tile[slot * DIM_STRIDE + quad] = query_value;
-                dout_tile[slot * DIM_STRIDE + quad] = dout_value;
-            }
-        }
-        for (var index = thread; index < BLOCK_Q; index += THREADS) {
-            var lse_value = NO_QUERY;
-            var delta_value = 0.0;
-            if (query_start + index < seq_len) {
-                lse_value = lse[batch_head * seq_len + query_start + index] * LOG2_E;
-                delta_value = delta[batch_head * seq_len + query_start + index];
-            }
-            query_lse[index] = lse_value;
-            query_delta[index] = delta_value;
-        }
-        scores = array<vec4<f32>, SCORE_ROWS * SCORE_QUADS>();
-        gradients = array<vec4<f32>, SCORE_ROWS * SCORE_QUADS>();
+    for (var query_start = key_start / OTHER * OTHER; query_start < seq_len; query_start += OTHER) {
+        let visible = query_start + OTHER > first_key; // one of the neighbours' keys
+
+        // scores' = K Q^T. The last step fetches its own chunk again rather than branch.
+        let queries = Rows(query_base, qkv_stride, query_start);
+        scores = Scores();
+        fetch_blocks(keys, queries, 0u);
         for (var chunk = 0u; chunk < DIM_QUADS; chunk += CHUNK_QUADS) {
-            if (chunk > 0u) {
-                workgroupBarrier();
-            }
-            for (var step = 0u; step < (BLOCK_K * CHUNK_QUADS + THREADS - 1u) / THREADS; step++) {
-                let index = thread + step * THREADS;
-                if ((BLOCK_K * CHUNK_QUADS) % THREADS == 0u || index < BLOCK_K * CHUNK_QUADS) {
-                    let row = index / CHUNK_QUADS;
-                    let quad = index % CHUNK_QUADS;
-                    let source = min(key_start + row, seq_len - 1u);
-                    let value = vec4<f32>(qkv[key_base + source * qkv_stride + chunk + quad]);
-                    row_tile[row * CHUNK_STRIDE + quad] = value;
-                }
-            }
             workgroupBarrier();
-            for (var quad = 0u; quad < CHUNK_QUADS; quad += 2u) {
-                add_scores_quad(quad, chunk);
-                add_scores_quad(quad + 1u, chunk);
+            stage_blocks();
+            workgroupBarrier();
+            fetch_blocks(keys, queries, min(chunk + CHUNK_QUADS, DIM_QUADS - CHUNK_QUADS));
+            if (visible) { add_scores(&scores); }
+        }
+        if (query_start < key_start + OWN - 1u) { // on the diagonal
+            mask_quad(0u, query_start, key_start);
+            if (SCORE_QUADS > 1u) { mask_quad(LAST_SCORE_QUAD, query_start, key_start); }
+        }
+        if (visible) {
+            probabilities_quad(0u, query_start, key_start, row_base, scale * LOG2_E);
+            if (SCORE_QUADS > 1u) {
+                probabilities_quad(LAST_SCORE_QUAD, query_start, key_start, row_base, scale * LOG2_E);
             }
         }
-
-        write_probabilities(0u, key_start, query_start, batch_head, exponent_scale);
-        if (SCORE_ROWS > 1u) { write_probabilities(1u, key_start, query_start, batch_head, exponent_scale); }
-        if (SCORE_ROWS > 2u) { write_probabilities(2u, key_start, query_start, batch_head, exponent_scale); }
-        if (SCORE_ROWS > 3u) { write_probabilities(3u, key_start, query_start, batch_head, exponent_scale); }
-        if (SCORE_ROWS > 4u) { write_probabilities(4u, key_start, query_start, batch_head, exponent_scale); }
-        if (SCORE_ROWS > 5u) { write_probabilities(5u, key_start, query_start, batch_head, exponent_scale); }
-        if (SCORE_ROWS > 6u) { write_probabilities(6u, key_start, query_start, batch_head, exponent_scale); }
-        if (SCORE_ROWS > 7u) { write_probabilities(7u, key_start, query_start, batch_head, exponent_scale); }
-        workgroupBarrier();
 
         // dV += dropout(P') dOut
-        for (var query_quad = 0u; query_quad < QUERY_QUADS; query_quad += 2u) {
-            add_dv(query_quad, query_quad);
-            add_dv(query_quad + 1u, query_quad + 1u);
+        let douts = Rows(dout_base, channel_quads, query_start);
+        fetch_dout_rows(douts);
+        for (var chunk = 0u; chunk < OTHER / CHUNK; chunk++) {
+            let first_query = query_start + chunk * CHUNK;
+            workgroupBarrier();
+            if (visible) { stage_weights(&gradients, chunk); }
+            stage_rows();
+            workgroupBarrier();
+            fetch_dout_rows(Rows(dout_base, channel_quads, min(first_query + CHUNK, query_start + OTHER - CHUNK)));
+            if (first_query + CHUNK > first_key) { add_rows(&value_sums); }
         }
 
-        // V dOut^T
+        // gradients' = V dOut^T
+        gradients = Scores();
+        fetch_gradient_blocks(values, douts, 0u);
         for (var chunk = 0u; chunk < DIM_QUADS; chunk += CHUNK_QUADS) {
             workgroupBarrier();
-            for (var step = 0u; step < (BLOCK_K * CHUNK_QUADS + THREADS - 1u) / THREADS; step++) {
-                let index = thread + step * THREADS;
-                if ((BLOCK_K * CHUNK_QUADS) % THREADS == 0u || index < BLOCK_K * CHUNK_QUADS) {
-                    let row = index / CHUNK_QUADS;
-                    let quad = index % CHUNK_QUADS;
-                    let source = min(key_start + row, seq_len - 1u);
-                    let value = vec4<f32>(qkv[value_base + source * qkv_stride + chunk + quad]);
-                    row_tile[row * CHUNK_STRIDE + quad] = value;
-                }
-            }
+            stage_blocks();
             workgroupBarrier();
-            for (var quad = 0u; quad < CHUNK_QUADS; quad += 2u) {
-                add_gradients_quad(quad, chunk);
-                add_gradients_quad(quad + 1u, chunk);
-            }
+            fetch_gradient_blocks(values, douts, min(chunk + CHUNK_QUADS, DIM_QUADS - CHUNK_QUADS));
+            if (visible) { add_scores(&gradients); }
+        }
+        if (visible) {
+            score_gradients_quad(0u, query_start, row_base);
+            if (SCORE_QUADS > 1u) { score_gradients_quad(LAST_SCORE_QUAD, query_start, row_base); }
         }
 
-        // dS' = P' * (dP' - delta): the barriers above also freed score_tile
-        write_score_gradients(0u);
-        if (SCORE_ROWS > 1u) { write_score_gradients(1u); }
-        if (SCORE_ROWS > 2u) { write_score_gradients(2u); }
-        if (SCORE_ROWS > 3u) { write_score_gradients(3u); }
-        if (SCORE_ROWS > 4u) { write_score_gradients(4u); }
-        if (SCORE_ROWS > 5u) { write_score_gradients(5u); }
-        if (SCORE_ROWS > 6u) { write_score_gradients(6u); }
-        if (SCORE_ROWS > 7u) { write_score_gradients(7u); }
-        workgroupBarrier();
-
         // dK += dS' Q
-        for (var query_quad = 0u; query_quad < QUERY_QUADS; query_quad += 2u) {
-            add_dk(query_quad, query_quad);
-            add_dk(query_quad + 1u, query_quad + 1u);
+        fetch_rows(queries);
+        for (var chunk = 0u; chunk < OTHER / CHUNK; chunk++) {
+            let first_query = query_start + chunk * CHUNK;
+            workgroupBarrier();
+            if (visible) { stage_weights(&gradients, chunk); }
+            stage_rows();
+            workgroupBarrier();
+            fetch_rows(Rows(query_base, qkv_stride, min(first_query + CHUNK, query_start + OTHER - CHUNK)));
+            if (first_query + CHUNK > first_key) { add_rows(&key_sums); }
         }
     }
 
-    store_gradients(0u, key_start, key_base, value_base, qkv_stride, scale);
-    if (OUT_ROWS > 1u) { store_gradients(1u, key_start, key_base, value_base, qkv_stride, scale); }
-    if (OUT_ROWS > 2u) { store_gradients(2u, key_start, key_base, value_base, qkv_stride, scale); }
-    if (OUT_ROWS > 3u) { store_gradients(3u, key_start, key_base, value_base, qkv_stride, scale); }
-    if (OUT_ROWS > 4u) { store_gradients(4u, key_start, key_base, value_base, qkv_stride, scale); }
-    if (OUT_ROWS > 5u) { store_gradients(5u, key_start, key_base, value_base, qkv_stride, scale); }
-    if (OUT_ROWS > 6u) { store_gradients(6u, key_start, key_base, value_base, qkv_stride, scale); }
-    if (OUT_ROWS > 7u) { store_gradients(7u, key_start, key_base, value_base, qkv_stride, scale); }
+    let key_0 = key_start + 4u * own_quad(0u);
+    let key_1 = key_start + 4u * own_quad(LAST_ROW_QUAD);
+    store_quad(0u, key_0, key_base, value_base, qkv_stride, scale);
+    if (ROW_QUADS > 1u) { store_quad(LAST_ROW_QUAD, key_1, key_base, value_base, qkv_stride, scale); }
 }

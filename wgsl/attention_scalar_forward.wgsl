@@ -1,31 +1,18 @@
 // Causal attention, forward, without subgroups, f16 arithmetic or cooperative matrices: it runs everywhere.
 //
-// One workgroup computes BLOCK_Q queries of one head, all D columns, and their log-sum-exp:
-//     out = 0, reference = -1e30, sum = 0                                          (a row each)
-//     for each tile of BLOCK_K keys up to the diagonal:
-//         S = Q K^T                               register tiles; Q and K pass in chunks of DIM_CHUNK columns
-//         new = max(reference, rowmax(S * scale)); shrink = exp2(reference - new); reference = new
-//         P = exp2(S * scale - reference); sum = sum * shrink + rowsum(P)          one thread a row (ROW_THREADS)
-//         out = out * shrink + dropout(P) V       register tiles; V passes in chunks of KEY_CHUNK keys
-//     out /= sum; lse = reference + log(sum)
-// Workgroups of the longest rows are launched first; tiles above the diagonal are never visited.
+// One workgroup computes OWN queries of one head, all D columns, and their log-sum-exp:
+//     sums = 0, reference = -1e30, total = 0                                       (a row each)
+//     for each tile of OTHER keys up to the diagonal:
+//         scores = Q K^T * scale                  CHUNK dimensions of Q and K at a time
+//         new = max(reference, rowmax(scores)); shrink = exp2(reference - new); reference = new
+//         P = exp2(scores - reference); total = total * shrink + rowsum(P)
+//         sums = sums * shrink + dropout(P) V     CHUNK keys of P and V at a time
+//     out = sums / total; lse = reference + log(total)
+// The threads of a row tell each other their columns' maxima where the tiles lie. Workgroups of the longest rows are launched
+// first; tiles above the diagonal are never visited, and threads whose rows all lie above one skip its products.
 //
-// Header:
-//     elem           f32 or f16, the storage type; all arithmetic is f32
-//     HEAD_DIM       D, a multiple of 16
-//     THREADS        of the workgroup, a multiple of BLOCK_Q
-//     BLOCK_Q        queries of the workgroup
-//     BLOCK_K        keys of a tile, a multiple of 4 * SCORE_COLS
-//     DIM_CHUNK      columns of Q and K in workgroup memory at once, divides HEAD_DIM, a multiple of 8
-//     KEY_CHUNK      keys of V in workgroup memory at once, divides BLOCK_K, a multiple of 8
-//     SCORE_COLS     threads side by side over the keys of S; THREADS / SCORE_COLS divides BLOCK_Q
-//     OUT_COLS       threads side by side over the columns of out, divides HEAD_DIM / 4; THREADS / OUT_COLS divides
-//                    BLOCK_Q
-//     DROPOUT        bool; philox.wgsl is prepended too, always
-// BLOCK_Q * SCORE_COLS / THREADS and BLOCK_Q * OUT_COLS / THREADS are 1, 2, 4 or 8, BLOCK_K / 4 / SCORE_COLS at most 2
-// and HEAD_DIM / 4 / OUT_COLS at most 5. A thread holds in registers
-// BLOCK_Q * BLOCK_K / THREADS scores and BLOCK_Q * HEAD_DIM / THREADS outputs.
-// Grid: batch * heads * ceil(seq_len / BLOCK_Q) workgroups, folded into (x, y) when over 65535.
+// Header: as attention_scalar_products.wgsl, which is prepended, says.
+// Grid: batch * heads * ceil(seq_len / OWN) workgroups, folded into (x, y) when over 65535.
 //
 // Bindings: 0 qkv (B, T, 3C) elem; 1 out (B, T, C) elem, written; 2 lse (B, H, T) f32, written; 3 params.
 
@@ -49,175 +36,138 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
 @group(0) @binding(3) var<uniform> params: Params;
 
-const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
-const MASKED: f32 = -1e30; // finite: fast math may assume that no infinity exists
 
-// A "quad" is four neighbours that move as one vec4.
-const DIM_QUADS: u32 = HEAD_DIM / 4u;
-const CHUNK_QUADS: u32 = DIM_CHUNK / 4u;
-const CHUNK_STRIDE: u32 = CHUNK_QUADS + 1u; // odd: threads on neighbouring rows read without bank conflicts
-const KEY_QUADS: u32 = BLOCK_K / 4u;
-const SCORE_STRIDE: u32 = BLOCK_Q + 1u;
-const SCORE_ROW_STEP: u32 = THREADS / SCORE_COLS;
-const SCORE_ROWS: u32 = BLOCK_Q / SCORE_ROW_STEP;
-const SCORE_QUADS: u32 = KEY_QUADS / SCORE_COLS;
-const OUT_ROW_STEP: u32 = THREADS / OUT_COLS;
-const OUT_ROWS: u32 = BLOCK_Q / OUT_ROW_STEP;
-const OUT_QUADS: u32 = DIM_QUADS / OUT_COLS;
-const ROW_THREADS: u32 = THREADS / BLOCK_Q;
-const ROW_QUADS: u32 = KEY_QUADS / ROW_THREADS;
+var<private> scores: Scores; // then P, then dropout(P)
+var<private> sums: Sums;
+var<private> reference: array<vec4<f32>, ROW_QUADS>; // in units of log 2
+var<private> total: array<vec4<f32>, ROW_QUADS>;     // of the thread's columns
 
-// Keys lie permuted in key_value_tile while it holds K: key 4 q + j at slot j * KEY_QUADS + q. Neighbouring threads
-// then own neighbouring quads of keys and still read neighbouring slots.
-const KEY_VALUE_SIZE: u32 = max(BLOCK_K * CHUNK_STRIDE, KEY_CHUNK * DIM_QUADS);
-var<workgroup> query_tile: array<vec4<f32>, BLOCK_Q * CHUNK_STRIDE>;   // [query][chunk quad]
-var<workgroup> key_value_tile: array<vec4<f32>, KEY_VALUE_SIZE>;       // K: [slot][chunk quad]; V: [key][quad]
-var<workgroup> score_tile: array<vec4<f32>, KEY_QUADS * SCORE_STRIDE>; // [key quad][query]
-var<workgroup> row_shrink: array<f32, BLOCK_Q>;
-var<workgroup> row_sums: array<f32, THREADS>;
-
-// What a thread holds. Loops over these arrays are written out as calls: NVIDIA's compiler does not unroll long ones,
-// and an array that it cannot index by constants leaves the registers (measured: up to 30 % slower).
-var<private> scores: array<vec4<f32>, SCORE_ROWS * SCORE_QUADS>;
-var<private> accumulator: array<vec4<f32>, OUT_ROWS * OUT_QUADS>;
-var<private> score_row: u32; // the thread's place in S
-var<private> score_col: u32;
-var<private> out_row: u32;   // and among the sums
-var<private> out_col: u32;
-
-// sum_j + dot(row, column_j) for four columns
-fn four_dots(row: vec4<f32>, c0: vec4<f32>, c1: vec4<f32>, c2: vec4<f32>, c3: vec4<f32>, sum: vec4<f32>) -> vec4<f32> {
-    var result = fma(vec4<f32>(row.x), vec4<f32>(c0.x, c1.x, c2.x, c3.x), sum);
-    result = fma(vec4<f32>(row.y), vec4<f32>(c0.y, c1.y, c2.y, c3.y), result);
-    result = fma(vec4<f32>(row.z), vec4<f32>(c0.z, c1.z, c2.z, c3.z), result);
-    return fma(vec4<f32>(row.w), vec4<f32>(c0.w, c1.w, c2.w, c3.w), result);
-}
-
-// sum + the combination of four columns
-fn add_four(w: vec4<f32>, v0: vec4<f32>, v1: vec4<f32>, v2: vec4<f32>, v3: vec4<f32>, sum: vec4<f32>) -> vec4<f32> {
-    var result = fma(vec4<f32>(w.x), v0, sum);
-    result = fma(vec4<f32>(w.y), v1, result);
-    result = fma(vec4<f32>(w.z), v2, result);
-    return fma(vec4<f32>(w.w), v3, result);
-}
-
-// scores of four rows and four columns += one quad of their dot products
-fn add_scores_rows(first: u32, j: u32, quad: u32) {
-    let column = (score_col + j * SCORE_COLS) * CHUNK_STRIDE + quad;
-    let c0 = key_value_tile[column];
-    let c1 = key_value_tile[column + KEY_QUADS * CHUNK_STRIDE];
-    let c2 = key_value_tile[column + 2u * KEY_QUADS * CHUNK_STRIDE];
-    let c3 = key_value_tile[column + 3u * KEY_QUADS * CHUNK_STRIDE];
-    scores[j * SCORE_ROWS + first + 0u] = four_dots(
-        query_tile[(score_row + first * SCORE_ROW_STEP) * CHUNK_STRIDE + quad],
-        c0, c1, c2, c3, scores[j * SCORE_ROWS + first + 0u]);
-    if (SCORE_ROWS > 1u) {
-        scores[j * SCORE_ROWS + first + 1u] = four_dots(
-            query_tile[(score_row + (first + 1u) * SCORE_ROW_STEP) * CHUNK_STRIDE + quad],
-            c0, c1, c2, c3, scores[j * SCORE_ROWS + first + 1u]);
-    }
-    if (SCORE_ROWS > 2u) {
-        scores[j * SCORE_ROWS + first + 2u] = four_dots(
-            query_tile[(score_row + (first + 2u) * SCORE_ROW_STEP) * CHUNK_STRIDE + quad],
-            c0, c1, c2, c3, scores[j * SCORE_ROWS + first + 2u]);
-    }
-    if (SCORE_ROWS > 3u) {
-        scores[j * SCORE_ROWS + first + 3u] = four_dots(
-            query_tile[(score_row + (first + 3u) * SCORE_ROW_STEP) * CHUNK_STRIDE + quad],
-            c0, c1, c2, c3, scores[j * SCORE_ROWS + first + 3u]);
+fn mask_column(j: u32, key: u32, query_start: u32) {
+    for (var h = 0u; h < ROW_QUADS; h++) {
+        let queries = vec4<u32>(query_start + 4u * own_quad(h)) + vec4<u32>(0u, 1u, 2u, 3u);
+        scores[ROW_QUADS * j + h] = select(scores[ROW_QUADS * j + h], vec4<f32>(MASKED), vec4<u32>(key) > queries);
     }
 }
 
-fn add_scores_quad(quad: u32) {
-    add_scores_rows(0u, 0u, quad);
-    if (SCORE_ROWS > 4u) { add_scores_rows(4u, 0u, quad); }
-    if (SCORE_QUADS > 1u) {
-        add_scores_rows(0u, 1u, quad);
-        if (SCORE_ROWS > 4u) { add_scores_rows(4u, 1u, quad); }
+fn mask_quad(j: u32, key_start: u32, query_start: u32) {
+    let key = key_start + 4u * (thread_col + j * COL_THREADS);
+    mask_column(4u * j, key, query_start);
+    mask_column(4u * j + 1u, key + 1u, query_start);
+    mask_column(4u * j + 2u, key + 2u, query_start);
+    mask_column(4u * j + 3u, key + 3u, query_start);
+}
+
+// The maximum of four columns for quad h of the thread's rows
+fn maximum_of_quad(j: u32, h: u32) -> vec4<f32> {
+    let at = 4u * ROW_QUADS * j + h;
+    return max(max(scores[at], scores[at + ROW_QUADS]), max(scores[at + 2u * ROW_QUADS], scores[at + 3u * ROW_QUADS]));
+}
+
+fn maximum(h: u32) -> vec4<f32> {
+    return max(maximum_of_quad(0u, h), maximum_of_quad(LAST_SCORE_QUAD, h));
+}
+
+// What the threads of a row tell each other about it, where the tiles lie: a vec4 for each quad of rows from each of them
+fn tell(h: u32, value: vec4<f32>) {
+    tiles[thread_col * OWN_QUADS + ((thread_row + h * ROW_THREADS) ^ (thread_col % 8u))] = value;
+}
+
+fn told(h: u32, col: u32) -> vec4<f32> {
+    return tiles[col * OWN_QUADS + ((thread_row + h * ROW_THREADS) ^ (col % 8u))];
+}
+
+// A new reference for quad h of the thread's rows
+fn rescale(h: u32) {
+    var new_reference = reference[h];
+    for (var col = 0u; col < COL_THREADS; col++) {
+        new_reference = max(new_reference, told(h, col));
+    }
+    let shrink = exp2(reference[h] - new_reference);
+    reference[h] = new_reference;
+    total[h] *= shrink;
+    for (var c = 0u; c < OUT_QUADS; c++) {
+        sums[OUT_QUADS * (4u * h) + c] *= shrink.x;
+        sums[OUT_QUADS * (4u * h + 1u) + c] *= shrink.y;
+        sums[OUT_QUADS * (4u * h + 2u) + c] *= shrink.z;
+        sums[OUT_QUADS * (4u * h + 3u) + c] *= shrink.w;
     }
 }
 
-// accumulator of four rows and one quad of columns += four keys of P V
-fn add_out_rows(first: u32, j: u32, score_quad: u32, tile_quad: u32) {
-    let weights = score_quad * SCORE_STRIDE + out_row + first * OUT_ROW_STEP;
-    let column = 4u * tile_quad * DIM_QUADS + out_col + j * OUT_COLS;
-    let v0 = key_value_tile[column];
-    let v1 = key_value_tile[column + DIM_QUADS];
-    let v2 = key_value_tile[column + 2u * DIM_QUADS];
-    let v3 = key_value_tile[column + 3u * DIM_QUADS];
-    accumulator[j * OUT_ROWS + first] = add_four(
-        score_tile[weights], v0, v1, v2, v3, accumulator[j * OUT_ROWS + first]);
-    if (OUT_ROWS > 1u) {
-        accumulator[j * OUT_ROWS + first + 1u] = add_four(
-            score_tile[weights + 1u * OUT_ROW_STEP], v0, v1, v2, v3, accumulator[j * OUT_ROWS + first + 1u]);
-    }
-    if (OUT_ROWS > 2u) {
-        accumulator[j * OUT_ROWS + first + 2u] = add_four(
-            score_tile[weights + 2u * OUT_ROW_STEP], v0, v1, v2, v3, accumulator[j * OUT_ROWS + first + 2u]);
-    }
-    if (OUT_ROWS > 3u) {
-        accumulator[j * OUT_ROWS + first + 3u] = add_four(
-            score_tile[weights + 3u * OUT_ROW_STEP], v0, v1, v2, v3, accumulator[j * OUT_ROWS + first + 3u]);
-    }
+fn kept(probabilities: vec4<f32>, random: vec4<u32>) -> vec4<f32> {
+    return select(vec4<f32>(), probabilities * params.keep_scale, random >= vec4<u32>(params.drop_threshold));
 }
 
-fn add_out_quad(j: u32, score_quad: u32, tile_quad: u32) {
-    add_out_rows(0u, j, score_quad, tile_quad);
-    if (OUT_ROWS > 4u) { add_out_rows(4u, j, score_quad, tile_quad); }
-}
-
-fn add_out(score_quad: u32, tile_quad: u32) {
-    add_out_quad(0u, score_quad, tile_quad);
-    if (OUT_QUADS > 1u) { add_out_quad(1u, score_quad, tile_quad); }
-    if (OUT_QUADS > 2u) { add_out_quad(2u, score_quad, tile_quad); }
-    if (OUT_QUADS > 3u) { add_out_quad(3u, score_quad, tile_quad); }
-    if (OUT_QUADS > 4u) { add_out_quad(4u, score_quad, tile_quad); }
-}
-
-fn write_scores(i: u32, exponent_scale: f32) {
-    for (var j = 0u; j < SCORE_QUADS; j++) {
-        let index = (score_col + j * SCORE_COLS) * SCORE_STRIDE + score_row + i * SCORE_ROW_STEP;
-        score_tile[index] = scores[j * SCORE_ROWS + i] * exponent_scale;
+// P of four columns, and what they add to the totals of quad h of the rows, which begins at `row` of (B, H, T); then dropout
+fn probabilities(j: u32, h: u32, key_quad: u32, row: u32, scale: f32) {
+    let at = 4u * ROW_QUADS * j + h;
+    let p0 = exp2(scores[at] * scale - reference[h]);
+    let p1 = exp2(scores[at + ROW_QUADS] * scale - reference[h]);
+    let p2 = exp2(scores[at + 2u * ROW_QUADS] * scale - reference[h]);
+    let p3 = exp2(scores[at + 3u * ROW_QUADS] * scale - reference[h]);
+    total[h] += (p0 + p1) + (p2 + p3);
+    scores[at] = p0;
+    scores[at + ROW_QUADS] = p1;
+    scores[at + 2u * ROW_QUADS] = p2;
+    scores[at + 3u * ROW_QUADS] = p3;
+    if (DROPOUT) {
+        let seed = vec2<u32>(params.seed_lo, params.seed_hi);
+        let r0 = philox4x32(vec4<u32>(key_quad, row, params.step, params.site), seed);
+        let r1 = philox4x32(vec4<u32>(key_quad, row + 1u, params.step, params.site), seed);
+        let r2 = philox4x32(vec4<u32>(key_quad, row + 2u, params.step, params.site), seed);
+        let r3 = philox4x32(vec4<u32>(key_quad, row + 3u, params.step, params.site), seed);
+        scores[at] = kept(p0, vec4<u32>(r0.x, r1.x, r2.x, r3.x));
+        scores[at + ROW_QUADS] = kept(p1, vec4<u32>(r0.y, r1.y, r2.y, r3.y));
+        scores[at + 2u * ROW_QUADS] = kept(p2, vec4<u32>(r0.z, r1.z, r2.z, r3.z));
+        scores[at + 3u * ROW_QUADS] = kept(p3, vec4<u32>(r0.w, r1.w, r2.w, r3.w));
     }
 }
 
-fn shrink_out(i: u32) {
-    for (var j = 0u; j < OUT_QUADS; j++) {
-        accumulator[j * OUT_ROWS + i] *= row_shrink[out_row + i * OUT_ROW_STEP];
-    }
-}
-
-fn store_out(i: u32, first_query: u32, out_base: u32, channel_quads: u32) {
-    let row = out_row + i * OUT_ROW_STEP;
-    if (first_query + row < params.seq_len) {
-        var total = 0.0;
-        for (var part = 0u; part < ROW_THREADS; part++) {
-            total += row_sums[part * BLOCK_Q + row];
-        }
-        for (var j = 0u; j < OUT_QUADS; j++) {
-            out[out_base + (first_query + row) * channel_quads + out_col + j * OUT_COLS] =
-                vec4<elem>(accumulator[j * OUT_ROWS + i] / total);
+fn store_row(i: u32, query: u32, out_base: u32, channel_quads: u32, sum: f32) {
+    if (query < params.seq_len) {
+        for (var c = 0u; c < OUT_QUADS; c++) {
+            let at = out_base + query * channel_quads + thread_col + c * COL_THREADS;
+            out[at] = vec4<elem>(sums[OUT_QUADS * i + c] / sum);
         }
     }
 }
 
-// Rows beyond the end are read as the last row and given probability 0 (or never stored): guards around the loads cost
-// 15 to 40 %.
+fn store_lse(query: u32, row_base: u32, value: f32) {
+    if (thread_col == 0u && query < params.seq_len) {
+        lse[row_base + query] = value;
+    }
+}
+
+fn store_quad(h: u32, query: u32, out_base: u32, channel_quads: u32, row_base: u32) {
+    var sum = vec4<f32>();
+    for (var col = 0u; col < COL_THREADS; col++) {
+        sum += told(h, col);
+    }
+    store_row(4u * h, query, out_base, channel_quads, sum.x);
+    store_row(4u * h + 1u, query + 1u, out_base, channel_quads, sum.y);
+    store_row(4u * h + 2u, query + 2u, out_base, channel_quads, sum.z);
+    store_row(4u * h + 3u, query + 3u, out_base, channel_quads, sum.w);
+    let values = reference[h] * LN_2 + log(sum);
+    store_lse(query, row_base, values.x);
+    store_lse(query + 1u, row_base, values.y);
+    store_lse(query + 2u, row_base, values.z);
+    store_lse(query + 3u, row_base, values.w);
+}
+
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) grid: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
+    @builtin(local_invocation_index) local: u32,
 ) {
     let seq_len = params.seq_len;
     let head_count = params.batch * params.heads;
-    let query_tiles = (seq_len + BLOCK_Q - 1u) / BLOCK_Q;
+    let query_tiles = (seq_len + OWN - 1u) / OWN;
     let tile = workgroup.y * grid.x + workgroup.x;
     if (tile >= head_count * query_tiles) {
         return;
     }
-    let query_start = (query_tiles - 1u - tile / head_count) * BLOCK_Q; // the longest rows first
+    let query_start = (query_tiles - 1u - tile / head_count) * OWN; // the longest rows first
     let batch_head = tile % head_count;
     let batch = batch_head / params.heads;
     let head = batch_head % params.heads;
@@ -226,146 +176,75 @@ fn main(
     let query_base = batch * seq_len * qkv_stride + head * DIM_QUADS;
     let key_base = query_base + channel_quads;
     let value_base = key_base + channel_quads;
-    let exponent_scale = LOG2_E / sqrt(f32(HEAD_DIM));
+    let row_base = batch_head * seq_len;
+    let scale = LOG2_E / sqrt(f32(HEAD_DIM));
 
-    score_row = thread / SCORE_COLS;
-    score_col = thread % SCORE_COLS;
-    out_row = thread / OUT_COLS;
-    out_col = thread % OUT_COLS;
-    let softmax_row = thread % BLOCK_Q;
-    let softmax_part = thread / BLOCK_Q;
-    let query = query_start + softmax_row;
+    thread = local;
+    thread_row = thread / COL_THREADS;
+    thread_col = thread % COL_THREADS;
+    let query_0 = query_start + 4u * own_quad(0u);
+    let query_1 = query_start + 4u * own_quad(LAST_ROW_QUAD);
+    let last_query = query_start + first_neighbour() + 4u * ROW_QUADS * NEIGHBOURS - 1u;
+    let queries = Rows(query_base, qkv_stride, query_start);
 
-    var reference = MASKED; // of softmax_row, in units of log 2
-    var sum = 0.0;          // of this thread's part of softmax_row
-    let key_end = min(query_start + BLOCK_Q, seq_len);
-    for (var key_start = 0u; key_start < key_end; key_start += BLOCK_K) {
-        // S = Q K^T
-        scores = array<vec4<f32>, SCORE_ROWS * SCORE_QUADS>();
+    for (var h = 0u; h < ROW_QUADS; h++) { reference[h] = vec4<f32>(MASKED); }
+    let key_end = min(query_start + OWN, seq_len);
+    for (var key_start = 0u; key_start < key_end; key_start += OTHER) {
+        let visible = key_start <= last_query; // to one of the neighbours
+
+        // scores = Q K^T. The last step fetches its own chunk again rather than branch.
+        let keys = Rows(key_base, qkv_stride, key_start);
+        scores = Scores();
+        fetch_blocks(queries, keys, 0u);
         for (var chunk = 0u; chunk < DIM_QUADS; chunk += CHUNK_QUADS) {
-            workgroupBarrier(); // the tiles' last readers are done
-            if (key_start == 0u || CHUNK_QUADS < DIM_QUADS) { // an undivided Q stays
-                for (var step = 0u; step < (BLOCK_Q * CHUNK_QUADS + THREADS - 1u) / THREADS; step++) {
-                    let index = thread + step * THREADS;
-                    if ((BLOCK_Q * CHUNK_QUADS) % THREADS == 0u || index < BLOCK_Q * CHUNK_QUADS) {
-                        let row = index / CHUNK_QUADS;
-                        let quad = index % CHUNK_QUADS;
-                        let source = min(query_start + row, seq_len - 1u);
-                        let value = vec4<f32>(qkv[query_base + source * qkv_stride + chunk + quad]);
-                        query_tile[row * CHUNK_STRIDE + quad] = value;
-                    }
-                }
-            }
-            for (var step = 0u; step < (BLOCK_K * CHUNK_QUADS + THREADS - 1u) / THREADS; step++) {
-                let index = thread + step * THREADS;
-                if ((BLOCK_K * CHUNK_QUADS) % THREADS == 0u || index < BLOCK_K * CHUNK_QUADS) {
-                    let row = index / CHUNK_QUADS;
-                    let quad = index % CHUNK_QUADS;
-                    let source = min(key_start + row, seq_len - 1u);
-                    let value = vec4<f32>(qkv[key_base + source * qkv_stride + chunk + quad]);
-                    key_value_tile[((row % 4u) * KEY_QUADS + row / 4u) * CHUNK_STRIDE + quad] = value;
-                }
-            }
             workgroupBarrier();
-            for (var quad = 0u; quad < CHUNK_QUADS; quad += 2u) {
-                add_scores_quad(quad);
-                add_scores_quad(quad + 1u);
-            }
+            stage_blocks();
+            workgroupBarrier();
+            fetch_blocks(queries, keys, min(chunk + CHUNK_QUADS, DIM_QUADS - CHUNK_QUADS));
+            if (visible) { add_scores(&scores); }
         }
-        write_scores(0u, exponent_scale);
-        if (SCORE_ROWS > 1u) { write_scores(1u, exponent_scale); }
-        if (SCORE_ROWS > 2u) { write_scores(2u, exponent_scale); }
-        if (SCORE_ROWS > 3u) { write_scores(3u, exponent_scale); }
-        if (SCORE_ROWS > 4u) { write_scores(4u, exponent_scale); }
-        if (SCORE_ROWS > 5u) { write_scores(5u, exponent_scale); }
-        if (SCORE_ROWS > 6u) { write_scores(6u, exponent_scale); }
-        if (SCORE_ROWS > 7u) { write_scores(7u, exponent_scale); }
+        if (key_start + OTHER > query_start + 1u) { // on the diagonal
+            mask_quad(0u, key_start, query_start);
+            if (SCORE_QUADS > 1u) { mask_quad(LAST_SCORE_QUAD, key_start, query_start); }
+        }
+
+        // P = exp2(scores - reference)
         workgroupBarrier();
-
-        // P = exp2(S - reference): every thread of a row finds the same maximum and does its part of the row
-        var new_reference = vec4<f32>(reference);
-        for (var quad = 0u; quad < KEY_QUADS; quad++) {
-            let keys = vec4<u32>(key_start + 4u * quad) + vec4<u32>(0u, 1u, 2u, 3u);
-            let row_scores = score_tile[quad * SCORE_STRIDE + softmax_row];
-            new_reference = max(new_reference, select(row_scores, vec4<f32>(MASKED), keys > vec4<u32>(query)));
-        }
-        let new_maximum = max(max(new_reference.x, new_reference.y), max(new_reference.z, new_reference.w));
-        let shrink = exp2(reference - new_maximum);
-        reference = new_maximum;
-        if (ROW_THREADS > 1u) {
-            workgroupBarrier(); // all parts have read the whole row
-        }
-        var part_sum = vec4<f32>();
-        for (var i = 0u; i < ROW_QUADS; i++) {
-            let quad = softmax_part * ROW_QUADS + i;
-            let keys = vec4<u32>(key_start + 4u * quad) + vec4<u32>(0u, 1u, 2u, 3u);
-            let row_scores = score_tile[quad * SCORE_STRIDE + softmax_row];
-            let visible_scores = select(row_scores, vec4<f32>(MASKED), keys > vec4<u32>(query));
-            var probabilities = exp2(visible_scores - vec4<f32>(reference));
-            part_sum += probabilities;
-            if (DROPOUT) {
-                let random = philox4x32(
-                    vec4<u32>(keys.x / 4u, batch_head * seq_len + query, params.step, params.site),
-                    vec2<u32>(params.seed_lo, params.seed_hi),
-                );
-                let kept = random >= vec4<u32>(params.drop_threshold);
-                probabilities = select(vec4<f32>(), probabilities * params.keep_scale, kept);
-            }
-            score_tile[quad * SCORE_STRIDE + softmax_row] = probabilities;
-        }
-        sum = sum * shrink + (part_sum.x + part_sum.y) + (part_sum.z + part_sum.w);
-        if (softmax_part == 0u) {
-            row_shrink[softmax_row] = shrink;
-        }
-
-        // out = out * shrink + P V
-        for (var chunk = 0u; chunk < BLOCK_K; chunk += KEY_CHUNK) {
-            if (chunk > 0u) {
-                workgroupBarrier();
-            }
-            for (var step = 0u; step < (KEY_CHUNK * DIM_QUADS + THREADS - 1u) / THREADS; step++) {
-                let index = thread + step * THREADS;
-                if ((KEY_CHUNK * DIM_QUADS) % THREADS == 0u || index < KEY_CHUNK * DIM_QUADS) {
-                    let key = key_start + chunk + index / DIM_QUADS;
-                    let source = min(key, seq_len - 1u);
-                    let value = vec4<f32>(qkv[value_base + source * qkv_stride + index % DIM_QUADS]);
-                    key_value_tile[index] = value;
+        tell(0u, maximum(0u) * scale);
+        if (ROW_QUADS > 1u) { tell(LAST_ROW_QUAD, maximum(LAST_ROW_QUAD) * scale); }
+        workgroupBarrier();
+        if (visible) {
+            rescale(0u);
+            if (ROW_QUADS > 1u) { rescale(LAST_ROW_QUAD); }
+            let key_quad = key_start / 4u + thread_col;
+            probabilities(0u, 0u, key_quad, row_base + query_0, scale);
+            if (ROW_QUADS > 1u) { probabilities(0u, LAST_ROW_QUAD, key_quad, row_base + query_1, scale); }
+            if (SCORE_QUADS > 1u) {
+                probabilities(LAST_SCORE_QUAD, 0u, key_quad + COL_THREADS, row_base + query_0, scale);
+                if (ROW_QUADS > 1u) {
+                    probabilities(LAST_SCORE_QUAD, LAST_ROW_QUAD, key_quad + COL_THREADS, row_base + query_1, scale);
                 }
             }
+        }
+
+        // sums += dropout(P) V
+        fetch_rows(Rows(value_base, qkv_stride, key_start));
+        for (var chunk = 0u; chunk < OTHER / CHUNK; chunk++) {
+            let first_key = key_start + chunk * CHUNK;
             workgroupBarrier();
-            if (chunk == 0u) {
-                shrink_out(0u);
-                if (OUT_ROWS > 1u) { shrink_out(1u); }
-                if (OUT_ROWS > 2u) { shrink_out(2u); }
-                if (OUT_ROWS > 3u) { shrink_out(3u); }
-                if (OUT_ROWS > 4u) { shrink_out(4u); }
-                if (OUT_ROWS > 5u) { shrink_out(5u); }
-                if (OUT_ROWS > 6u) { shrink_out(6u); }
-                if (OUT_ROWS > 7u) { shrink_out(7u); }
-            }
-            for (var quad = 0u; quad < KEY_CHUNK / 4u; quad += 2u) {
-                add_out(chunk / 4u + quad, quad);
-                add_out(chunk / 4u + quad + 1u, quad + 1u);
-            }
+            if (visible) { stage_weights(&scores, chunk); }
+            stage_rows();
+            workgroupBarrier();
+            fetch_rows(Rows(value_base, qkv_stride, min(first_key + CHUNK, key_start + OTHER - CHUNK)));
+            if (first_key <= last_query) { add_rows(&sums); }
         }
     }
 
-    row_sums[thread] = sum;
     workgroupBarrier();
-    if (thread < BLOCK_Q && query < seq_len) {
-        var total = 0.0;
-        for (var part = 0u; part < ROW_THREADS; part++) {
-            total += row_sums[part * BLOCK_Q + thread];
-        }
-        lse[batch_head * seq_len + query] = reference * LN_2 + log(total);
-    }
+    tell(0u, total[0]);
+    if (ROW_QUADS > 1u) { tell(LAST_ROW_QUAD, total[LAST_ROW_QUAD]); }
+    workgroupBarrier();
     let out_base = batch * seq_len * channel_quads + head * DIM_QUADS;
-    store_out(0u, query_start, out_base, channel_quads);
-    if (OUT_ROWS > 1u) { store_out(1u, query_start, out_base, channel_quads); }
-    if (OUT_ROWS > 2u) { store_out(2u, query_start, out_base, channel_quads); }
-    if (OUT_ROWS > 3u) { store_out(3u, query_start, out_base, channel_quads); }
-    if (OUT_ROWS > 4u) { store_out(4u, query_start, out_base, channel_quads); }
-    if (OUT_ROWS > 5u) { store_out(5u, query_start, out_base, channel_quads); }
-    if (OUT_ROWS > 6u) { store_out(6u, query_start, out_base, channel_quads); }
-    if (OUT_ROWS > 7u) { store_out(7u, query_start, out_base, channel_quads); }
+    store_quad(0u, query_0, out_base, channel_quads, row_base);
+    if (ROW_QUADS > 1u) { store_quad(LAST_ROW_QUAD, query_1, out_base, channel_quads, row_base); }
 }

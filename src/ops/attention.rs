@@ -173,11 +173,13 @@ fn params(qkv: &CubeTensor, n_head: usize, dropout: Dropout) -> Vec<u32> {
 }
 
 /// Queues one of the tiled kernels over `tensors`, bound in the order that its file states; all are contiguous.
+/// `few_registers` is its device's ([`kernel::Capabilities`]).
 ///
 /// For the tests and benchmarks, which give their own outputs; the model calls [`causal_attention`].
 pub fn launch(
     pass: Pass,
     variant: Variant,
+    few_registers: bool,
     n_head: usize,
     dropout: Dropout,
     qkv: &CubeTensor,
@@ -185,7 +187,7 @@ pub fn launch(
 ) {
     let [batch, time, width] = qkv.meta.shape().dims::<3>();
     let f16 = qkv.dtype == DType::F16;
-    let (kernel, rows) = tiles::kernel(pass, variant, width / 3 / n_head, f16, dropout.is_on());
+    let (kernel, rows) = tiles::kernel(pass, variant, few_registers, width / 3 / n_head, f16, dropout.is_on());
     let groups = batch * n_head * time.div_ceil(rows as usize);
     // Two products of the lower triangle forward; backward makes five, of which dQ and dK/dV share S and dP.
     let products = if pass == Pass::Forward { 2.0 } else { 2.5 };
@@ -225,7 +227,7 @@ impl AttentionOps for CubeBackend {
         let [batch, time, width] = qkv.meta.shape().dims::<3>();
         let out = kernel::empty(&qkv, Shape::new([batch, time, width / 3]));
         let lse = row_values(&qkv, n_head);
-        launch(Pass::Forward, variant, n_head, dropout, &qkv, &[&qkv, &out, &lse]);
+        launch(Pass::Forward, variant, kernel::few_registers(&qkv), n_head, dropout, &qkv, &[&qkv, &out, &lse]);
         (out, lse)
     }
 
@@ -248,8 +250,9 @@ impl AttentionOps for CubeBackend {
         let dqkv = kernel::empty_like(&qkv);
         launch_delta(n_head, &qkv, &[&dout, &out, &delta]);
         let tensors = [&qkv, &dout, &lse, &delta, &dqkv];
-        launch(Pass::Dq, variant, n_head, dropout, &qkv, &tensors);
-        launch(Pass::Dkv, variant, n_head, dropout, &qkv, &tensors);
+        for pass in [Pass::Dq, Pass::Dkv] {
+            launch(pass, variant, kernel::few_registers(&qkv), n_head, dropout, &qkv, &tensors);
+        }
         dqkv
     }
 }

@@ -29,6 +29,7 @@ pub fn apple() -> Capabilities {
         matrices: vec![(8, true), (8, false)],
         f16: true,
         int64: true,
+        few_registers: true,
         largest_buffer: 0,
     }
 }

@@ -303,8 +303,7 @@ mod tests {
             subgroup_size: Some(SUBGROUP_SIZE),
             matrices: matrices.to_vec(),
             f16: true,
-            int64: false,
-            largest_buffer: 0,
+            ..Default::default()
         };
         for (device, limit) in [(device(&[(8, true), (8, false)]), 32 << 10), (device(&[(16, true)]), 48 << 10)] {
             for kernel in kernels(&device) {

@@ -125,7 +125,7 @@ impl Inputs {
     fn tiled(&self) -> Vec<Case> {
         let s = self.shape;
         let make = |pass| {
-            let (kernel, rows) = tiles::kernel(pass, self.variant, s.head_dim, self.f16, self.dropout.is_on());
+            let (kernel, rows) = tiles::kernel(pass, self.variant, true, s.head_dim, self.f16, self.dropout.is_on());
             (kernel, s.batch * s.heads * s.time.div_ceil(rows as usize))
         };
         let qkv = Buffer::input("qkv", self.elem(), &self.qkv);

@@ -24,7 +24,7 @@ use self::product::{Product, sum_parts, sum_parts_kernel};
 use self::tiles::{Epilogue, Layout};
 use super::dropout::{Dropout, DropoutOps};
 use super::{Optional, flatten, gradient_scale};
-use crate::kernel::{self, Capabilities, Kernel, Variant, fold, matrix};
+use crate::kernel::{self, Capabilities, Kernel, Made, Variant, fold, matrix};
 
 /// Which GELU: GPT-2 was trained with the tanh approximation, nanoGPT uses the exact one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -217,12 +217,22 @@ pub const BLOCK_ROWS: usize = 128;
 
 /// The kernel of a bias's gradient: the columns' sums over blocks of [`BLOCK_ROWS`] rows.
 pub fn column_sum_kernel(f16: bool) -> Kernel {
+    static MADE: Made<bool> = Made::new();
+    MADE.get(f16, |&f16| make_column_sum(f16))
+}
+
+fn make_column_sum(f16: bool) -> Kernel {
     let header = format!("{}const BLOCK_ROWS: u32 = {BLOCK_ROWS}u;\n", elem(f16));
     Kernel::new("column_sum", header, vec![include_str!("../../wgsl/column_sum.wgsl")], (64, 1, 1))
 }
 
 /// The kernel of GELU's gradient, four elements an invocation.
 pub fn gelu_gradient_kernel(gelu: Gelu, f16: bool) -> Kernel {
+    static MADE: Made<(Gelu, bool)> = Made::new();
+    MADE.get((gelu, f16), |&(gelu, f16)| make_gelu_gradient(gelu, f16))
+}
+
+fn make_gelu_gradient(gelu: Gelu, f16: bool) -> Kernel {
     let header = format!("{}const GELU_TANH: bool = {};\n", elem(f16), gelu == Gelu::Tanh);
     let files = vec![include_str!("../../wgsl/gelu.wgsl"), include_str!("../../wgsl/gelu_gradient.wgsl")];
     Kernel::new("gelu_gradient", header, files, (256, 1, 1))

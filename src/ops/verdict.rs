@@ -6,7 +6,7 @@ use burn::tensor::{Shape, Tensor, TensorData};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use crate::kernel::lanes::serves;
-use crate::kernel::{Kernel, empty, own};
+use crate::kernel::{Kernel, Made, empty, own};
 
 /// Losses and norms of the last steps that an outlier is measured against, as in llm.c.
 pub const WINDOW: usize = 128;
@@ -208,6 +208,11 @@ fn composed_verdict<B: Backend>(
 
 /// The kernel: one workgroup, which also adds up the sums.
 pub fn kernel() -> Kernel {
+    static MADE: Made<()> = Made::new();
+    MADE.get((), |()| make())
+}
+
+fn make() -> Kernel {
     let header = format!(
         "const WINDOW: u32 = {WINDOW}u;\nconst GROWTH_INTERVAL: f32 = {GROWTH_INTERVAL:e};\n\
          const LEAST_SCALE: f32 = {:e};\nconst MOST_SCALE: f32 = {:e};\n",

@@ -1,6 +1,6 @@
 //! What a training step costs the host: whole steps on wgpu's no-op backend, whose device does nothing and takes no time.
 //!
-//! `cargo bench --bench host -- [CONFIG]`; without one, configs/shakespeare_char.toml. A GPU is kept waiting where it needs less
+//! `cargo bench --bench host -- [CONFIG [STEPS]]`; without one, configs/shakespeare_char.toml. A GPU is kept waiting where it needs less
 //! than this for a step.
 
 use std::path::Path;
@@ -19,10 +19,13 @@ use gpt_wgpu::precision::Dtype;
 use gpt_wgpu::train::{self, Step};
 
 const WARMUP: usize = 5;
+/// Steps that are timed, where nobody asks for another number.
 const STEPS: usize = 300;
 
 fn main() -> Result<()> {
-    let path = std::env::args().skip(1).find(|arg| arg != "--bench");
+    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
+    let path = args.next();
+    let steps = args.next().map_or(Ok(STEPS), |steps| steps.parse()).context("STEPS is not a number")?;
     let path = path.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/configs/shakespeare_char.toml").into());
     let config = Config::load(Path::new(&path))?;
     kernel::choose(Kernels::Coop);
@@ -37,7 +40,7 @@ fn main() -> Result<()> {
     let batch = |_| Ok(batch.clone());
     let step = Step { config: &config, batch: &batch };
     let (mut optimizer, mut position, mut samples) = (Optimizer::new(f16, &inner), 0, Vec::new());
-    for i in 0..WARMUP + STEPS {
+    for i in 0..WARMUP + steps {
         let started = Instant::now();
         let (updated, _) = step.run(model, &mut optimizer, &mut position, 1e-3)?;
         model = updated;
@@ -48,10 +51,10 @@ fn main() -> Result<()> {
     }
     samples.sort_by(f64::total_cmp);
     println!(
-        "{path}: {:.2} ms of host time a step, median of {STEPS} ({:.2} to {:.2})",
-        samples[STEPS / 2],
+        "{path}: {:.2} ms of host time a step, median of {steps} ({:.2} to {:.2})",
+        samples[steps / 2],
         samples[0],
-        samples[STEPS - 1]
+        samples[steps - 1]
     );
     Ok(())
 }

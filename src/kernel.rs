@@ -181,7 +181,15 @@ thread_local! {
 /// What `work` gives, and the kernels that it launches on this thread, in their order. None of them runs, so the tensors that they
 /// would write hold anything.
 pub fn noted<T>(work: impl FnOnce() -> T) -> (T, Vec<Kernel>) {
+    /// Lets launches run again, also where the work panics.
+    struct Noting;
+    impl Drop for Noting {
+        fn drop(&mut self) {
+            NOTED.set(None);
+        }
+    }
     NOTED.set(Some(Vec::new()));
+    let _noting = Noting;
     let done = work();
     (done, NOTED.take().unwrap_or_default())
 }
@@ -461,6 +469,13 @@ mod tests {
         for other in others {
             assert!(one.id() != other.id(), "{other:?}");
         }
+    }
+
+    #[test]
+    fn work_that_panics_leaves_the_thread_launching() {
+        let panicked = std::panic::catch_unwind(|| super::noted(|| panic!("in the work")));
+        assert!(panicked.is_err());
+        assert!(super::NOTED.take().is_none(), "launches are still only noted");
     }
 
     #[test]

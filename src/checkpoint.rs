@@ -299,8 +299,9 @@ impl Checkpoint {
         load_model(&self.dir.join(MODEL), &self.state.model, device)
     }
 
-    /// The optimizer with its moments, for activations in f16 (or f32), on `device` (without autodiff).
-    pub fn optimizer(&self, model: &Gpt, f16: bool, device: &Device) -> Result<Optimizer> {
+    /// The optimizer with its moments, for steps of `micro_batches` with activations in f16 (or f32), on `device`
+    /// (without autodiff).
+    pub fn optimizer(&self, model: &Gpt, micro_batches: usize, f16: bool, device: &Device) -> Result<Optimizer> {
         let path = self.dir.join(OPTIMIZER);
         with_tensors(&path, |file| {
             let memory = match file.tensor(MEMORY) {
@@ -309,7 +310,7 @@ impl Checkpoint {
             };
             // Without an update so far there are no moments either.
             let has_moments = file.names().iter().any(|name| name.starts_with("m."));
-            let optimizer = Optimizer::with_memory(memory, f16, device);
+            let optimizer = Optimizer::with_memory(memory, micro_batches, f16, device);
             let mut load = LoadMoments { file, path: &path, device, optimizer, has_moments, error: None };
             parameters::visit(model, &mut load);
             match load.error {

@@ -115,17 +115,17 @@ impl Optimizer {
     pub fn for_micro_batches(count: usize, f16: bool, device: &Device) -> Self {
         let mut memory = verdict::first_state(if f16 { verdict::first_scale(count) } else { 1.0 }, 0);
         memory[verdict::state::HAS_SCALE] = f32::from(f16);
-        Self::with_memory(memory, f16, device)
+        Self::with_memory(memory, count, f16, device)
     }
 
-    /// With what the verdicts of earlier steps remember, and no moments yet. Where those were in the other type, the loss scale
-    /// begins anew: f32 has none.
-    pub fn with_memory(mut memory: Vec<f32>, f16: bool, device: &Device) -> Self {
+    /// With what the verdicts of earlier steps remember, and no moments yet, for steps of `count` micro-batches. Where those steps
+    /// were in the other type, the loss scale begins anew: f32 has none.
+    pub fn with_memory(mut memory: Vec<f32>, count: usize, f16: bool, device: &Device) -> Self {
         use verdict::state::{HAS_SCALE, LOSS_SCALE};
         // Checkpoints of earlier versions do not say it; in f32 their scale is 1.
         let had_scale = memory[HAS_SCALE] != 0.0 || memory[LOSS_SCALE] != 1.0;
         if f16 != had_scale {
-            memory[LOSS_SCALE] = if f16 { verdict::FIRST_SCALE } else { 1.0 };
+            memory[LOSS_SCALE] = if f16 { verdict::first_scale(count) } else { 1.0 };
         }
         memory[HAS_SCALE] = f32::from(f16);
         let memory = Tensor::from_data(TensorData::new(memory, [verdict::state::SIZE]), device);

@@ -290,7 +290,8 @@ impl Step<'_> {
 /// Model, optimizer and state before the first iteration.
 fn begin(config: &Config, start: Start, f16: bool, device: &Device) -> Result<(Gpt, Optimizer, State)> {
     let inner = device.clone().without_autodiff();
-    let new_optimizer = || Optimizer::for_micro_batches(config.data.gradient_accumulation_steps, f16, &inner);
+    let micro_batches = config.data.gradient_accumulation_steps;
+    let new_optimizer = || Optimizer::for_micro_batches(micro_batches, f16, &inner);
     let new_state = |model: GptConfig| State {
         version: checkpoint::VERSION,
         step: 0,
@@ -311,7 +312,7 @@ fn begin(config: &Config, start: Start, f16: bool, device: &Device) -> Result<(G
         }
         Start::Resume(checkpoint) => {
             let model = checkpoint.model(device)?;
-            let optimizer = checkpoint.optimizer(&model, f16, &inner)?;
+            let optimizer = checkpoint.optimizer(&model, micro_batches, f16, &inner)?;
             let state = State { config: config.clone(), ..checkpoint.state };
             ensure!(
                 state.step <= config.train.max_iters,

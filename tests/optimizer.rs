@@ -316,7 +316,7 @@ fn a_loss_scale_is_taken_up_again_unless_the_type_changes() {
     let device = Device::flex();
     let scale = |optimizer: &Optimizer| values(optimizer.memory.clone())[state::LOSS_SCALE];
     let taken_up = |memory: &[f32], f16: bool| {
-        let optimizer = Optimizer::with_memory(memory.to_vec(), f16, &device);
+        let optimizer = Optimizer::with_memory(memory.to_vec(), 1, f16, &device);
         let stored: Vec<f32> = values(optimizer.memory.clone()).iter().map(|v| *v as f32).collect();
         (scale(&optimizer), stored)
     };
@@ -334,5 +334,8 @@ fn a_loss_scale_is_taken_up_again_unless_the_type_changes() {
     }
     assert_eq!((taken_up(&f32, true).0, taken_up(&f32, false).0), (f64::from(FIRST_SCALE), 1.0));
     let first = |count, f16| scale(&Optimizer::for_micro_batches(count, f16, &device));
+    // A run in f32 goes on in f16 as a new one begins.
+    let changed = |count| scale(&Optimizer::with_memory(f32.clone(), count, true, &device));
+    assert_eq!([1, 40, 60].map(changed), [1, 40, 60].map(|count| first(count, true)));
     assert_eq!([first(1, true), first(40, true), first(60, true), first(60, false)], [65536.0, 1024.0, 1024.0, 1.0]);
 }

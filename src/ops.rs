@@ -64,6 +64,14 @@ impl Optional<Dispatch> {
 }
 
 impl<B: Backend> Optional<B> {
+    /// `f` of the tensor where there is one.
+    fn map<T>(self, f: impl FnOnce(FloatTensor<B>) -> T) -> Option<T> {
+        match self {
+            Self::Absent => None,
+            Self::Present(tensor) => Some(f(tensor)),
+        }
+    }
+
     fn unwrap_or(self, other: FloatTensor<B>) -> FloatTensor<B> {
         match self {
             Self::Absent => other,

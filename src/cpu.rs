@@ -11,6 +11,8 @@ pub mod layer_norm;
 pub mod math;
 pub mod product;
 
+use std::mem::MaybeUninit;
+
 use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::{DType, Shape, TensorData};
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
@@ -50,6 +52,18 @@ pub fn own(tensor: CpuTensor) -> CpuTensor {
 /// A new tensor.
 pub fn tensor(values: Vec<f32>, shape: Shape) -> CpuTensor {
     CpuTensor::from_data(TensorData::new(values, shape))
+}
+
+/// A vector of `len` elements: what writes all of them needs no zeros before.
+///
+/// # Safety
+/// `fill` writes every element.
+pub unsafe fn filled(len: usize, fill: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    fill(&mut values.spare_capacity_mut()[..len]);
+    // SAFETY: there is room for them, and `fill` has written them.
+    unsafe { values.set_len(len) };
+    values
 }
 
 /// A tensor (..., K) as (rows, K).

@@ -1,12 +1,14 @@
 //! Causal attention, head by head and a block of queries at a time: the scores of a block stay in the cache, and the future's are
 //! not made.
 
+use std::mem::MaybeUninit;
+
 use rayon::iter::IndexedParallelIterator;
 use rayon::slice::{ParallelSlice, ParallelSliceMut};
 
 use super::math::{exp, max, sum};
 use super::product::{Matrix, MatrixMut, Strips, product_alone};
-use super::{each, wide};
+use super::{each, filled, wide};
 use crate::ops::dropout::Dropout;
 
 /// Queries of a block.
@@ -72,9 +74,15 @@ impl Sizes {
 /// qkv (B, T, 3C) -> (out (B, T, C), lse (B, H, T)).
 pub fn forward(qkv: &[f32], sizes: Sizes, dropout: Dropout) -> (Vec<f32>, Vec<f32>) {
     let Sizes { batch, time, heads, .. } = sizes;
-    let mut out = vec![0.0; batch * time * sizes.channels()];
     let mut lse = vec![0.0; batch * heads * time];
-    let strips = Strips::new(&mut out);
+    let fill = |out: &mut [MaybeUninit<f32>]| forward_into(Strips::room(out), &mut lse, qkv, sizes, dropout);
+    // SAFETY: every head's columns of every row are a product.
+    let out = unsafe { filled(batch * time * sizes.channels(), fill) };
+    (out, lse)
+}
+
+fn forward_into(out: Strips, lse: &mut [f32], qkv: &[f32], sizes: Sizes, dropout: Dropout) {
+    let time = sizes.time;
     each(lse.par_chunks_mut(time).enumerate(), sizes.scores(), |(head, lse)| {
         let [q, k, v] = [0, 1, 2].map(|third| sizes.head(qkv, head, 3, third));
         let mut scores = vec![0.0; BLOCK.min(time) * time];
@@ -98,11 +106,10 @@ pub fn forward(qkv: &[f32], sizes: Sizes, dropout: Dropout) -> (Vec<f32>, Vec<f3
                 );
             }
             // SAFETY: every task has a head of its own.
-            let out = unsafe { sizes.part(&strips, head, (1, 0), first, queries) };
+            let out = unsafe { sizes.part(&out, head, (1, 0), first, queries) };
             product_alone(Matrix::dense(scores, queries, keys), v.rows(0, keys), out, false);
         }
     });
-    (out, lse)
 }
 
 /// row = softmax(row · scale); returns the logarithm of its sum of exponentials.
@@ -112,7 +119,7 @@ fn softmax(row: &mut [f32], scale: f32) -> f32 {
     for score in row.iter_mut() {
         *score = exp((*score - largest) * scale);
     }
-    let total = sum(row.len(), |i| row[i]);
+    let total = sum([row], |[score]| score);
     let factor = 1.0 / total;
     for score in row.iter_mut() {
         *score *= factor;
@@ -134,10 +141,13 @@ pub struct Backward<'a> {
 
 /// -> dqkv (B, T, 3C).
 pub fn backward(given: Backward, sizes: Sizes, dropout: Dropout) -> Vec<f32> {
+    // SAFETY: every head's columns of every row of each third are a product: the last block of queries has all keys.
+    unsafe { filled(given.qkv.len(), |dqkv| backward_into(Strips::room(dqkv), given, sizes, dropout)) }
+}
+
+fn backward_into(dqkv: Strips, given: Backward, sizes: Sizes, dropout: Dropout) {
     let Sizes { time, head_dim, .. } = sizes;
     let Backward { dout, qkv, out, lse } = given;
-    let mut dqkv = vec![0.0; qkv.len()];
-    let strips = Strips::new(&mut dqkv);
     each(lse.par_chunks(time).enumerate(), 2 * sizes.scores(), |(head, lse)| {
         let [q, k, v] = [0, 1, 2].map(|third| sizes.head(qkv, head, 3, third));
         let douts = sizes.head(dout, head, 1, 0);
@@ -145,9 +155,11 @@ pub fn backward(given: Backward, sizes: Sizes, dropout: Dropout) -> Vec<f32> {
         let mut p = vec![0.0; BLOCK.min(time) * time];
         let mut ds = vec![0.0; BLOCK.min(time) * time];
         let mut kept = vec![0.0; if dropout.is_on() { BLOCK.min(time) * time } else { 0 }];
-        for first in (0..time).step_by(BLOCK) {
+        // From the last block on: its products with all keys are what the others are added to.
+        for first in (0..time).step_by(BLOCK).rev() {
             let queries = BLOCK.min(time - first);
             let keys = first + queries;
+            let add = keys < time;
             let (p, ds) = (&mut p[..queries * keys], &mut ds[..queries * keys]);
             let (q, dout_rows) = (q.rows(first, queries), douts.rows(first, queries));
             let (k, v) = (k.rows(0, keys), v.rows(0, keys));
@@ -181,7 +193,7 @@ pub fn backward(given: Backward, sizes: Sizes, dropout: Dropout) -> Vec<f32> {
                             kept[query + 1..].fill(0.0);
                         }
                         // p = softmax(s)  =>  ds = p (dp - Σ dp p), and Σ dp p = Σ dout out
-                        let delta = sum(head_dim, |i| dout[i] * out[i]);
+                        let delta = sum([dout, out], |[dout, out]| dout * out);
                         for (d, p) in dpast.iter_mut().zip(past) {
                             *d = *p * (*d - delta) * sizes.scale();
                         }
@@ -192,11 +204,10 @@ pub fn backward(given: Backward, sizes: Sizes, dropout: Dropout) -> Vec<f32> {
             let kept = Matrix::dense(if dropout.is_on() { &kept[..queries * keys] } else { p }, queries, keys);
             let ds = Matrix::dense(ds, queries, keys);
             // SAFETY: every task has a head of its own, and each matrix ends with its product.
-            let part = |third, row, count| unsafe { sizes.part(&strips, head, (3, third), row, count) };
+            let part = |third, row, count| unsafe { sizes.part(&dqkv, head, (3, third), row, count) };
             product_alone(ds, k, part(0, first, queries), false);
-            product_alone(ds.t(), q, part(1, 0, keys), true);
-            product_alone(kept.t(), dout_rows, part(2, 0, keys), true);
+            product_alone(ds.t(), q, part(1, 0, keys), add);
+            product_alone(kept.t(), dout_rows, part(2, 0, keys), add);
         }
     });
-    dqkv
 }

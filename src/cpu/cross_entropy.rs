@@ -70,7 +70,7 @@ fn row(logits: &mut [f32], target: i64, weight: Option<f32>) -> f32 {
     for logit in logits.iter_mut() {
         *logit = exp(*logit - largest);
     }
-    let total = sum(logits.len(), |i| logits[i]);
+    let total = sum([logits], |[logit]| logit);
     if let Some(weight) = weight {
         let factor = weight / total;
         for logit in logits.iter_mut() {

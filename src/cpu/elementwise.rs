@@ -1,28 +1,32 @@
 //! Passes that treat each element by itself, and AdamW's sums of squares.
 
+use std::mem::MaybeUninit;
+
 use rayon::iter::IndexedParallelIterator;
 use rayon::slice::{ParallelSlice, ParallelSliceMut};
 
 use super::math::{gelu, gelu_slope, sum};
-use super::{BLOCK_ROWS, PART, add_blocks, each, wide};
+use super::{BLOCK_ROWS, PART, add_blocks, each, filled, wide};
 use crate::ops::adamw::AdamW;
 use crate::ops::dropout::Dropout;
 use crate::ops::linear::Gelu;
 
 /// gelu(h) of every element.
 pub fn gelu_of(h: &[f32], kind: Gelu) -> Vec<f32> {
-    let mut y = vec![0.0; h.len()];
-    each(y.par_chunks_mut(PART).zip(h.par_chunks(PART)), h.len(), |(y, h)| {
-        wide(
-            #[inline(always)]
-            || {
-                for (y, h) in y.iter_mut().zip(h) {
-                    *y = gelu(*h, kind);
-                }
-            },
-        );
-    });
-    y
+    let fill = |y: &mut [MaybeUninit<f32>]| {
+        each(y.par_chunks_mut(PART).zip(h.par_chunks(PART)), h.len(), |(y, h)| {
+            wide(
+                #[inline(always)]
+                || {
+                    for (y, h) in y.iter_mut().zip(h) {
+                        y.write(gelu(*h, kind));
+                    }
+                },
+            );
+        });
+    };
+    // SAFETY: y and h have one length, and so have their parts.
+    unsafe { filled(h.len(), fill) }
 }
 
 /// d = d · gelu'(h).
@@ -92,7 +96,7 @@ pub fn square_sum(g: &[f32]) -> f32 {
     let part = |g: &[f32]| {
         wide(
             #[inline(always)]
-            || sum(g.len(), |i| g[i] * g[i]),
+            || sum([g], |[g]| g * g),
         )
     };
     let parts: Vec<f32> = g.chunks(PART).map(part).collect();

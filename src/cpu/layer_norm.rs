@@ -1,43 +1,54 @@
 //! Layer normalisation of rows.
 
+use std::mem::MaybeUninit;
+
 use rayon::iter::IndexedParallelIterator;
 use rayon::slice::{ParallelSlice, ParallelSliceMut};
 
 use super::math::sum;
-use super::{BLOCK_ROWS, add_blocks, each, wide};
+use super::{BLOCK_ROWS, add_blocks, each, filled, wide};
 use crate::ops::layer_norm::EPSILON;
 
 /// x (rows, C), w (C), b (C) -> (y (rows, C), mean (rows), rstd (rows)).
 pub fn forward(x: &[f32], w: &[f32], b: Option<&[f32]>) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let columns = w.len();
     let rows = x.len() / columns;
-    let (mut y, mut mean, mut rstd) = (vec![0.0; x.len()], vec![0.0; rows], vec![0.0; rows]);
+    let (mut mean, mut rstd) = (vec![0.0; rows], vec![0.0; rows]);
     let block = BLOCK_ROWS * columns;
     let numbers = mean.par_chunks_mut(BLOCK_ROWS).zip(rstd.par_chunks_mut(BLOCK_ROWS));
-    each(y.par_chunks_mut(block).zip(x.par_chunks(block)).zip(numbers), x.len(), |((y, x), (mean, rstd))| {
-        let rows = y.chunks_exact_mut(columns).zip(x.chunks_exact(columns)).zip(mean.iter_mut().zip(rstd));
-        for ((y, x), (mean, rstd)) in rows {
-            wide(
-                #[inline(always)]
-                || (*mean, *rstd) = forward_row(y, x, w, b),
-            );
-        }
-    });
+    let fill = |y: &mut [MaybeUninit<f32>]| {
+        each(y.par_chunks_mut(block).zip(x.par_chunks(block)).zip(numbers), x.len(), |((y, x), (mean, rstd))| {
+            let rows = y.chunks_exact_mut(columns).zip(x.chunks_exact(columns)).zip(mean.iter_mut().zip(rstd));
+            for ((y, x), (mean, rstd)) in rows {
+                wide(
+                    #[inline(always)]
+                    || (*mean, *rstd) = forward_row(y, x, w, b),
+                );
+            }
+        });
+    };
+    // SAFETY: y and x have one length, and so have their blocks and rows.
+    let y = unsafe { filled(x.len(), fill) };
     (y, mean, rstd)
 }
 
+/// Writes all of y: as long as x and w, and b where there is one.
 #[inline(always)]
-fn forward_row(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>) -> (f32, f32) {
-    let columns = x.len();
-    let mean = sum(columns, |i| x[i]) / columns as f32;
-    let variance = sum(columns, |i| (x[i] - mean) * (x[i] - mean)) / columns as f32;
+fn forward_row(y: &mut [MaybeUninit<f32>], x: &[f32], w: &[f32], b: Option<&[f32]>) -> (f32, f32) {
+    let columns = x.len() as f32;
+    let mean = sum([x], |[x]| x) / columns;
+    let variance = sum([x], |[x]| (x - mean) * (x - mean)) / columns;
     let rstd = 1.0 / (variance + EPSILON as f32).sqrt();
-    for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-        *y = (x - mean) * rstd * w;
-    }
-    if let Some(b) = b {
-        for (y, b) in y.iter_mut().zip(b) {
-            *y += b;
+    match b {
+        Some(b) => {
+            for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
+                y.write((x - mean) * rstd * w + b);
+            }
+        }
+        None => {
+            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                y.write((x - mean) * rstd * w);
+            }
         }
     }
     (mean, rstd)
@@ -94,8 +105,8 @@ fn backward_row(dx: &mut [f32], [dw, db]: [&mut [f32]; 2], dy: &[f32], x: &[f32]
     let columns = dx.len();
     let (dw, db, dy, x, w) = (&mut dw[..columns], &mut db[..columns], &dy[..columns], &x[..columns], &w[..columns]);
     // normed = (x - mean) rstd  =>  dx = rstd (dnormed - mean(dnormed) - normed · mean(dnormed · normed))
-    let average = sum(columns, |i| dy[i] * w[i]) / columns as f32;
-    let along = sum(columns, |i| dy[i] * w[i] * ((x[i] - mean) * rstd)) / columns as f32;
+    let average = sum([dy, w], |[dy, w]| dy * w) / columns as f32;
+    let along = sum([dy, w, x], |[dy, w, x]| dy * w * ((x - mean) * rstd)) / columns as f32;
     for i in 0..columns {
         let normed = (x[i] - mean) * rstd;
         dw[i] += dy[i] * normed;

@@ -91,21 +91,27 @@ pub fn gelu_slope(h: f32, kind: Gelu) -> f32 {
 /// Partial sums that a row has at a time: the widest vector's.
 const LANES: usize = 16;
 
-/// `start` and every `value(i)`, i below `count`, put together by `join` in [`LANES`] parts: the order is the same for vectors
-/// of any width.
+/// `value` of element i of all rows is joined with lane i mod [`LANES`], and the lanes then with each other, as a tree.
+/// The order is the same for vectors of any width.
 #[inline(always)]
-fn reduce(count: usize, start: f32, value: impl Fn(usize) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+fn reduce<const N: usize>(
+    rows: [&[f32]; N],
+    start: f32,
+    value: impl Fn([f32; N]) -> f32,
+    join: impl Fn(f32, f32) -> f32,
+) -> f32 {
     let mut lanes = [start; LANES];
-    let whole = count / LANES * LANES;
-    let mut first = 0;
-    while first < whole {
+    let whole = rows[0].len() / LANES;
+    let chunks = rows.map(|row| row.as_chunks::<LANES>());
+    for chunk in 0..whole {
+        let here = chunks.map(|(chunks, _)| chunks[chunk]);
         for (i, lane) in lanes.iter_mut().enumerate() {
-            *lane = join(*lane, value(first + i));
+            *lane = join(*lane, value(here.map(|row| row[i])));
         }
-        first += LANES;
     }
-    for i in whole..count {
-        lanes[i - whole] = join(lanes[i - whole], value(i));
+    for i in whole * LANES..rows[0].len() {
+        let lane = &mut lanes[i % LANES];
+        *lane = join(*lane, value(rows.map(|row| row[i])));
     }
     let mut width = LANES / 2;
     while width > 0 {
@@ -117,14 +123,14 @@ fn reduce(count: usize, start: f32, value: impl Fn(usize) -> f32, join: impl Fn(
     lanes[0]
 }
 
-/// Σ `value(i)` for i below `count`.
+/// Σ `value` of the elements of rows of one length, place by place.
 #[inline(always)]
-pub fn sum(count: usize, value: impl Fn(usize) -> f32) -> f32 {
-    reduce(count, 0.0, value, |a, b| a + b)
+pub fn sum<const N: usize>(rows: [&[f32]; N], value: impl Fn([f32; N]) -> f32) -> f32 {
+    reduce(rows, 0.0, value, |a, b| a + b)
 }
 
-/// The largest of `row`, of a finite one.
+/// The largest element, of a finite row.
 #[inline(always)]
 pub fn max(row: &[f32]) -> f32 {
-    reduce(row.len(), f32::NEG_INFINITY, |i| row[i], |a, b| if b > a { b } else { a })
+    reduce([row], f32::NEG_INFINITY, |[x]| x, |a, b| if b > a { b } else { a })
 }

@@ -2,8 +2,11 @@
 //! transposed or copied for it, and its sums' order does not depend on its threads.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 use gemm::Parallelism;
+
+use super::filled;
 
 /// A view of a slice as a matrix.
 #[derive(Clone, Copy)]
@@ -76,6 +79,11 @@ impl<'a> Strips<'a> {
         Self { first: values.as_mut_ptr(), len: values.len(), values: PhantomData }
     }
 
+    /// Of memory that has no values yet: the first product of a place must not add to it.
+    pub fn room(room: &'a mut [MaybeUninit<f32>]) -> Self {
+        Self { first: room.as_mut_ptr().cast(), len: room.len(), values: PhantomData }
+    }
+
     fn all(self, rows: usize, columns: usize) -> MatrixMut<'a> {
         assert!(rows * columns <= self.len, "a matrix beyond its slice");
         MatrixMut { first: self.first, rows, columns, stride: columns, values: PhantomData }
@@ -105,6 +113,13 @@ pub fn product(a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
 /// The same by the calling thread, of which there are several at work.
 pub fn product_alone(a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
     run(a, b, c, add, Parallelism::None);
+}
+
+/// a b, its rows one after the other.
+pub fn product_of(a: Matrix, b: Matrix) -> Vec<f32> {
+    let (rows, columns) = (a.rows, b.columns);
+    // SAFETY: a product that adds to nothing writes every element, and reads none.
+    unsafe { filled(rows * columns, |c| product(a, b, Strips::room(c).all(rows, columns), false)) }
 }
 
 fn run(a: Matrix, b: Matrix, c: MatrixMut, add: bool, parallelism: Parallelism) {

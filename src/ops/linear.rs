@@ -26,7 +26,7 @@ use super::dropout::{Dropout, DropoutOps};
 use super::{Optional, flatten, gradient_scale};
 use crate::cpu::{
     self,
-    product::{Matrix, MatrixMut, product},
+    product::{Matrix, MatrixMut, product, product_of},
 };
 use crate::kernel::{self, Capabilities, Kernel, Variant, fold, matrix};
 
@@ -197,14 +197,15 @@ fn tanh_argument<B: Backend>(h: FloatTensor<B>) -> FloatTensor<B> {
 fn cpu_forward(x: FloatTensor<Flex>, w: FloatTensor<Flex>, b: Optional<Flex>) -> FloatTensor<Flex> {
     let (x, w) = (cpu::contiguous(x), cpu::contiguous(w));
     let ([rows, inputs], [outputs, _]) = (cpu::matrix(&x), cpu::matrix(&w));
-    let b = b.map(cpu::contiguous);
-    // The product is added to the biases.
-    let mut y = match &b {
-        Some(b) => cpu::elementwise::repeat(cpu::values(b), rows),
-        None => vec![0.0; rows * outputs],
-    };
     let (xs, ws) = (Matrix::dense(cpu::values(&x), rows, inputs), Matrix::dense(cpu::values(&w), outputs, inputs));
-    product(xs, ws.t(), MatrixMut::dense(&mut y, rows, outputs), b.is_some());
+    let y = match b.map(cpu::contiguous) {
+        Some(b) => {
+            let mut y = cpu::elementwise::repeat(cpu::values(&b), rows);
+            product(xs, ws.t(), MatrixMut::dense(&mut y, rows, outputs), true);
+            y
+        }
+        None => product_of(xs, ws.t()),
+    };
     cpu::tensor(y, cpu::with_columns(&x, outputs))
 }
 
@@ -222,11 +223,9 @@ impl LinearOps for Flex {
         }
         let (dy, w) = (cpu::contiguous(dy), cpu::contiguous(w));
         let ([rows, outputs], [_, inputs]) = (cpu::matrix(&dy), cpu::matrix(&w));
-        let mut dx = vec![0.0; rows * inputs];
         let (dys, ws) =
             (Matrix::dense(cpu::values(&dy), rows, outputs), Matrix::dense(cpu::values(&w), outputs, inputs));
-        product(dys, ws, MatrixMut::dense(&mut dx, rows, inputs), false);
-        cpu::tensor(dx, cpu::with_columns(&dy, inputs))
+        cpu::tensor(product_of(dys, ws), cpu::with_columns(&dy, inputs))
     }
 
     fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -235,10 +234,8 @@ impl LinearOps for Flex {
         }
         let (dy, x) = (cpu::contiguous(dy), cpu::contiguous(x));
         let ([rows, outputs], [_, inputs]) = (cpu::matrix(&dy), cpu::matrix(&x));
-        let mut dw = vec![0.0; outputs * inputs];
         let (dys, xs) = (Matrix::dense(cpu::values(&dy), rows, outputs), Matrix::dense(cpu::values(&x), rows, inputs));
-        product(dys.t(), xs, MatrixMut::dense(&mut dw, outputs, inputs), false);
-        cpu::tensor(dw, Shape::new([outputs, inputs]))
+        cpu::tensor(product_of(dys.t(), xs), Shape::new([outputs, inputs]))
     }
 
     fn linear_db(dy: FloatTensor<Self>) -> FloatTensor<Self> {

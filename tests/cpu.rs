@@ -158,11 +158,17 @@ fn what_is_no_number_stays_none() {
     }
     let normed = values(layer_norm(x([2, 20]), tensor(&[1.0; 20], [20], &device), None));
     assert!(!normed[0].is_nan() && normed[20].is_nan());
-    let w = tensor(&[1.0, 2.0], [2, 1], &device);
+    // Of a logit that is not the target's, the loss knows by its exponential alone; so do the outputs of a key's score.
     let targets = int_tensor(&[1; 40], [1, 40], &device);
-    assert!(values(cross_entropy(tensor(&[0.5; 40], [1, 40, 1], &device), w.clone(), targets.clone()))[0].is_finite());
-    let x = values(cross_entropy(x([20, 2]).reshape([1, 40, 1]), w, targets));
-    assert!(x[0].is_nan());
+    let loss = |other| {
+        let (x, w) = (tensor(&[0.5; 40], [1, 40, 1], &device), tensor(&[other, 2.0], [2, 1], &device));
+        values(cross_entropy(x, w, targets.clone()))[0]
+    };
+    assert!(loss(1.0).is_finite() && loss(f64::NAN).is_nan());
+    let mut qkv = vec![0.5; 3 * 3];
+    qkv[4] = f64::NAN; // the second token's key
+    let out = values(causal_attention(tensor(&qkv, [1, 3, 3], &device), 1, Dropout::OFF));
+    assert!(!out[0].is_nan() && out[1].is_nan() && out[2].is_nan(), "{out:?}");
 }
 
 /// Values of the parameters, in their order.

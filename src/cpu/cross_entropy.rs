@@ -13,7 +13,7 @@ const CHUNK_ELEMENTS: usize = 2 << 20;
 /// Fewest rows of a chunk: every chunk adds to all of dw.
 const FEWEST_ROWS: usize = 256;
 
-/// The mean loss of the logits x wᵀ, and where gradients are wanted, times a scale, (dx (rows, C), dw (V, C)): x (rows, C), w (V, C),
+/// The mean loss of the logits x wᵀ, and where gradients are wanted, times a scale, [dx (rows, C), dw (V, C)]: x (rows, C), w (V, C),
 /// targets (rows), negative ones not counted.
 pub fn loss(
     x: &[f32],
@@ -21,11 +21,11 @@ pub fn loss(
     targets: &[i64],
     channels: usize,
     scale: Option<f32>,
-) -> (f32, Option<(Vec<f32>, Vec<f32>)>) {
+) -> (f32, Option<[Vec<f32>; 2]>) {
     let vocab = w.len() / channels;
     let weights = Matrix::dense(w, vocab, channels);
     let count = targets.iter().filter(|target| **target >= 0).count().max(1) as f32;
-    let mut gradients = scale.map(|_| (vec![0.0; x.len()], vec![0.0; w.len()]));
+    let mut gradients = scale.map(|_| [vec![0.0; x.len()], vec![0.0; w.len()]]);
     let chunk = (CHUNK_ELEMENTS / vocab).max(FEWEST_ROWS).min(targets.len());
     let mut logits = vec![0.0; chunk * vocab];
     let mut losses = vec![0.0; targets.len()];
@@ -45,7 +45,7 @@ pub fn loss(
                 || loss[0] = row(logits, target[0], weight),
             );
         });
-        if let Some((dx, dw)) = &mut gradients {
+        if let Some([dx, dw]) = &mut gradients {
             // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
             let dlogits = Matrix::dense(logits, here, vocab);
             product(dlogits, weights, MatrixMut::dense(&mut dx[channel_range], here, channels), false);

@@ -13,6 +13,7 @@ use crate::ops::layer_norm::EPSILON;
 pub fn forward(x: &[f32], w: &[f32], b: Option<&[f32]>) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let columns = w.len();
     let rows = x.len() / columns;
+    assert!(x.len() == rows * columns && b.is_none_or(|b| b.len() == columns), "sizes that do not fit");
     let (mut mean, mut rstd) = (vec![0.0; rows], vec![0.0; rows]);
     let block = BLOCK_ROWS * columns;
     let numbers = mean.par_chunks_mut(BLOCK_ROWS).zip(rstd.par_chunks_mut(BLOCK_ROWS));

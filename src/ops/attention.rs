@@ -101,7 +101,8 @@ fn drop<B: DropoutOps>(x: FloatTensor<B>, dropout: Dropout) -> FloatTensor<B> {
 /// Sizes of a packed projection, where the CPU's loops serve it.
 fn cpu_sizes(qkv: &FloatTensor<Flex>, heads: usize) -> Option<Sizes> {
     let [batch, time, width] = qkv.shape().dims::<3>();
-    cpu::serves(&[qkv]).then(|| Sizes { batch, time, heads, head_dim: width / 3 / heads })
+    let sizes = Sizes { batch, time, heads, head_dim: width / 3 / heads };
+    (cpu::serves(&[qkv]) && width == 3 * heads * sizes.head_dim).then_some(sizes)
 }
 
 impl AttentionOps for Flex {

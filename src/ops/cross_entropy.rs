@@ -218,7 +218,7 @@ impl CrossEntropyOps for Flex {
         let [_, channels] = cpu::matrix(&w);
         let scale = scale.map(|scale| cpu::values(&cpu::contiguous(scale))[0]).unwrap_or(1.0);
         match cpu::cross_entropy::loss(cpu::values(&x), cpu::values(&w), &ids, channels, Some(scale)) {
-            (loss, Some((dx, dw))) => {
+            (loss, Some([dx, dw])) => {
                 (cpu::tensor(vec![loss], Shape::new([1])), cpu::tensor(dx, x.shape()), cpu::tensor(dw, w.shape()))
             }
             (_, None) => composed_gradients::<Self>(x, w, targets, Optional::Absent), // a scale always has them made

@@ -18,7 +18,7 @@ use crate::checkpoint::read;
 use crate::config::Config;
 use crate::data::{Batch, Dataset, Split};
 use crate::device::{self, Chosen, wait};
-use crate::kernel::{self, Variant};
+use crate::kernel::{self, Kernels, Variant};
 use crate::model::{Gpt, GptConfig};
 use crate::ops::linear::Gelu;
 use crate::optim::{self, Optimizer};
@@ -200,7 +200,8 @@ fn kernels(bench: &Bench) -> String {
     match bench.chosen.adapter {
         Some(_) if bench.f16 => format!("{}, f16 activations", kernel::describe(&bench.chosen.capabilities, true)),
         Some(_) => kernel::describe(&bench.chosen.capabilities, false),
-        None => "Burn's Flex backend".into(),
+        None if kernel::choice() == Kernels::Composed => "Burn's Flex backend".into(),
+        None => "fused loops on Burn's Flex backend".into(),
     }
 }
 

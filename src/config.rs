@@ -179,7 +179,7 @@ pub struct TrainConfig {
     /// auto, cpu, metal, vulkan, dx12 or gl, with :N for the N-th adapter
     #[arg(long, default_value_t = Self::default().device)]
     pub device: String,
-    /// Kernels on a GPU: auto, composed (Burn primitives), scalar, or coop (cooperative matrices)
+    /// Kernels: auto, composed (Burn primitives), or on a GPU scalar or coop (cooperative matrices)
     #[arg(long, value_enum, default_value_t = Self::default().kernels)]
     pub kernels: Kernels,
     /// Activations and products: f32, f16 (weights, sums and the loss stay f32), or auto (by device)

@@ -15,6 +15,8 @@ pub mod compare;
 pub mod config;
 /// The built-in corpus.
 pub mod corpus;
+/// The CPU's kernels.
+mod cpu;
 /// Token files to batches.
 pub mod data;
 /// Which device computes, and why.

@@ -1,6 +1,6 @@
 //! The model's operations, one a file. Each file holds, in this order: what the operation is (a trait whose default bodies
-//! compose Burn primitives: the definition, the CPU path and the first oracle of the tests), its GPU path, its gradient as a
-//! node of Burn's autodiff graph, and the function that the model calls.
+//! compose Burn primitives: the definition and the first oracle of the tests), its paths on the CPU and on a GPU, its gradient as
+//! a node of Burn's autodiff graph, and the function that the model calls.
 
 pub mod adamw;
 pub mod attention;
@@ -64,6 +64,14 @@ impl Optional<Dispatch> {
 }
 
 impl<B: Backend> Optional<B> {
+    /// `f` of the tensor where there is one.
+    fn map<T>(self, f: impl FnOnce(FloatTensor<B>) -> T) -> Option<T> {
+        match self {
+            Self::Absent => None,
+            Self::Present(tensor) => Some(f(tensor)),
+        }
+    }
+
     fn unwrap_or(self, other: FloatTensor<B>) -> FloatTensor<B> {
         match self {
             Self::Absent => other,

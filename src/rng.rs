@@ -34,6 +34,26 @@ pub fn philox4x32_7(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     philox_rounds::<7>(counter, key)
 }
 
+/// [`philox4x32_7`] of N counters side by side, each word of all together: what the compiler makes vectors of.
+#[inline(always)]
+pub fn philox4x32_7_lanes<const N: usize>(counters: [[u32; N]; 4], key: [u32; 2]) -> [[u32; N]; 4] {
+    let [mut c0, mut c1, mut c2, mut c3] = counters;
+    let [mut k0, mut k1] = key;
+    for _ in 0..7 {
+        for i in 0..N {
+            let p0 = 0xD251_1F53_u64 * u64::from(c0[i]);
+            let p1 = 0xCD9E_8D57_u64 * u64::from(c2[i]);
+            c0[i] = (p1 >> 32) as u32 ^ c1[i] ^ k0;
+            c1[i] = p1 as u32;
+            c2[i] = (p0 >> 32) as u32 ^ c3[i] ^ k1;
+            c3[i] = p0 as u32;
+        }
+        k0 = k0.wrapping_add(0x9E37_79B9);
+        k1 = k1.wrapping_add(0xBB67_AE85);
+    }
+    [c0, c1, c2, c3]
+}
+
 fn philox_rounds<const ROUNDS: usize>(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     let [mut c0, mut c1, mut c2, mut c3] = counter;
     let [mut k0, mut k1] = key;

@@ -7,6 +7,7 @@ use burn::tensor::{Shape, Slice, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::Tensors;
+use crate::cpu;
 use crate::kernel::lanes::serves;
 use crate::kernel::slots::{self, Slot, SlotKernel};
 use crate::kernel::{Kernel, empty, own};
@@ -73,33 +74,36 @@ impl AdamWOps for Flex {
         decays: Vec<bool>,
         hyper: AdamW,
     ) -> (Tensors<Self>, Tensors<Self>, Tensors<Self>) {
-        let verdict = verdict.to_contiguous();
-        let first = verdict.layout().start_offset();
-        let [factor, applied, rate, root_factor] = std::array::from_fn(|i| verdict.storage::<f32>()[first + i]);
+        let tensors: Vec<_> = [&p, &g, &m, &v].into_iter().flat_map(|tensors| &tensors.0).collect();
+        if !cpu::serves(&tensors) {
+            let update = |p, g, m, v, decays| composed_update::<Self>(p, g, m, v, verdict.clone(), hyper, decays);
+            return one_by_one([p, g, m, v], decays, update);
+        }
+        let verdict = cpu::contiguous(verdict);
+        let words: [f32; 4] = std::array::from_fn(|i| cpu::values(&verdict)[i]);
+        let [_, applied, ..] = words;
         if applied == 0.0 {
             return (p, m, v);
         }
-        let [beta1, rest1, beta2, rest2, eps] = hyper.factors();
-        one_by_one([p, g, m, v], decays, |mut p: FloatTensor<Self>, g, mut m, mut v, decays| {
-            let g = g.to_contiguous();
-            for tensor in [&mut p, &mut m, &mut v] {
-                if !tensor.is_contiguous() || tensor.layout().start_offset() != 0 {
-                    *tensor = tensor.to_contiguous();
-                }
-            }
-            let keep = hyper.keep(decays) as f32;
-            let offset = g.layout().start_offset();
-            let count = g.layout().num_elements();
-            let gradients = &g.storage::<f32>()[offset..offset + count];
+        one_by_one([p, g, m, v], decays, |p: FloatTensor<Self>, g, m, v, decays| {
+            let g = cpu::contiguous(g);
+            let [mut p, mut m, mut v] = [p, m, v].map(cpu::own);
             let (ps, ms, vs) = (p.storage_mut::<f32>(), m.storage_mut::<f32>(), v.storage_mut::<f32>());
-            for (((p, m), v), g) in ps.iter_mut().zip(ms).zip(vs).zip(gradients) {
-                let g = g * factor;
-                *m = *m * beta1 + g * rest1;
-                *v = *v * beta2 + g * g * rest2;
-                *p = *p * keep - rate * *m / (v.sqrt() * root_factor + eps);
-            }
+            let update = cpu::elementwise::Update { p: ps, g: cpu::values(&g), m: ms, v: vs, decays };
+            cpu::elementwise::adamw(update, words, hyper);
             (p, m, v)
         })
+    }
+
+    fn square_sums(gradients: Tensors<Self>) -> FloatTensor<Self> {
+        let tensors: Vec<_> = gradients.0.iter().collect();
+        if !cpu::serves(&tensors) {
+            return composed_square_sums::<Self>(gradients);
+        }
+        let sum = |g: FloatTensor<Self>| cpu::elementwise::square_sum(cpu::values(&cpu::contiguous(g)));
+        let sums: Vec<f32> = gradients.0.into_iter().map(sum).collect();
+        let count = sums.len();
+        cpu::tensor(sums, Shape::new([count]))
     }
 }
 

@@ -21,6 +21,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use self::tiles::{HEAD_DIMS, Pass, Variant};
 use super::dropout::{Dropout, DropoutOps};
 use super::gradient_scale;
+use crate::cpu::{self, attention::Sizes};
 use crate::kernel::{self, Work, fold};
 
 /// Added to the scores of the future. Finite: Metal compiles with fast math, under which infinities are not to be relied on.
@@ -97,7 +98,46 @@ fn drop<B: DropoutOps>(x: FloatTensor<B>, dropout: Dropout) -> FloatTensor<B> {
     if dropout.is_on() { B::dropout(x, dropout) } else { x }
 }
 
-impl AttentionOps for Flex {}
+/// Sizes of a packed projection, where the CPU's loops serve it.
+fn cpu_sizes(qkv: &FloatTensor<Flex>, heads: usize) -> Option<Sizes> {
+    let [batch, time, width] = qkv.shape().dims::<3>();
+    let sizes = Sizes { batch, time, heads, head_dim: width / 3 / heads };
+    (cpu::serves(&[qkv]) && width == 3 * heads * sizes.head_dim).then_some(sizes)
+}
+
+impl AttentionOps for Flex {
+    fn causal_attention(
+        qkv: FloatTensor<Self>,
+        n_head: usize,
+        dropout: Dropout,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let Some(sizes) = cpu_sizes(&qkv, n_head) else {
+            return composed_forward::<Self>(qkv, n_head, dropout);
+        };
+        let qkv = cpu::contiguous(qkv);
+        let (out, lse) = cpu::attention::forward(cpu::values(&qkv), sizes, dropout);
+        let Sizes { batch, time, heads, head_dim } = sizes;
+        let (out_shape, lse_shape) = (Shape::new([batch, time, heads * head_dim]), Shape::new([batch, heads, time, 1]));
+        (cpu::tensor(out, out_shape), cpu::tensor(lse, lse_shape))
+    }
+
+    fn causal_attention_backward(
+        dout: FloatTensor<Self>,
+        qkv: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        n_head: usize,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        let Some(sizes) = cpu_sizes(&qkv, n_head) else {
+            return composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout);
+        };
+        let [dout, qkv, out, lse] = [dout, qkv, out, lse].map(cpu::contiguous);
+        let [given_dout, given_qkv, given_out, given_lse] = [&dout, &qkv, &out, &lse].map(cpu::values);
+        let given = cpu::attention::Backward { dout: given_dout, qkv: given_qkv, out: given_out, lse: given_lse };
+        cpu::tensor(cpu::attention::backward(given, sizes, dropout), qkv.shape())
+    }
+}
 
 /// The whole of [`AttentionOps::causal_attention`]'s default, for the GPU path to fall back on.
 fn composed_forward<B: DropoutOps>(

@@ -21,6 +21,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use super::linear::elem;
 use super::linear::{product::Product, tiles::Layout};
 use super::{Optional, flatten, gradient_scale};
+use crate::cpu;
 use crate::kernel::{self, Kernel, Variant, fold};
 
 /// A target that does not count, as in PyTorch's and nanoGPT's `ignore_index=-1`.
@@ -180,7 +181,50 @@ fn mean<B: Backend>(losses: Vec<FloatTensor<B>>, count: FloatTensor<B>) -> Float
     B::float_reshape(mean, Shape::new([1]))
 }
 
-impl CrossEntropyOps for Flex {}
+/// The targets on the host, where the CPU's loops serve the loss.
+fn cpu_targets(x: &FloatTensor<Flex>, w: &FloatTensor<Flex>, targets: &IntTensor<Flex>) -> Option<Vec<i64>> {
+    if !cpu::serves(&[x, w]) {
+        return None;
+    }
+    targets.clone().into_data().convert_dtype(DType::I64).try_into_vec().ok()
+}
+
+impl CrossEntropyOps for Flex {
+    fn cross_entropy(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        _scale: Optional<Self>,
+    ) -> FloatTensor<Self> {
+        let Some(ids) = cpu_targets(&x, &w, &targets) else {
+            return composed_loss::<Self>(x, w, targets);
+        };
+        let (x, w) = (cpu::contiguous(x), cpu::contiguous(w));
+        let [_, channels] = cpu::matrix(&w);
+        let (loss, _) = cpu::cross_entropy::loss(cpu::values(&x), cpu::values(&w), &ids, channels, None);
+        cpu::tensor(vec![loss], Shape::new([1]))
+    }
+
+    fn cross_entropy_gradients(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        scale: Optional<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let Some(ids) = cpu_targets(&x, &w, &targets) else {
+            return composed_gradients::<Self>(x, w, targets, scale);
+        };
+        let (x, w) = (cpu::contiguous(x), cpu::contiguous(w));
+        let [_, channels] = cpu::matrix(&w);
+        let scale = scale.map(|scale| cpu::values(&cpu::contiguous(scale))[0]).unwrap_or(1.0);
+        match cpu::cross_entropy::loss(cpu::values(&x), cpu::values(&w), &ids, channels, Some(scale)) {
+            (loss, Some([dx, dw])) => {
+                (cpu::tensor(vec![loss], Shape::new([1])), cpu::tensor(dx, x.shape()), cpu::tensor(dw, w.shape()))
+            }
+            (_, None) => composed_gradients::<Self>(x, w, targets, Optional::Absent), // a scale always has them made
+        }
+    }
+}
 
 /// Logits in one chunk on a GPU at most, in bytes. Every chunk reads and writes dw once more; GPT-2's product with as many rows in
 /// f16 is 0.19 TFLOP, what a small GPU may be given at once.

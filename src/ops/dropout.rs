@@ -14,9 +14,10 @@ use burn::backend::{
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous};
 
+use crate::cpu;
 use crate::kernel::lanes::Lanes;
 use crate::kernel::{Kernel, PHILOX, empty_like, fold, matrix};
-use crate::rng::philox4x32_7;
+use crate::rng::{philox4x32_7, philox4x32_7_lanes};
 
 /// One place in the model, at one step, that drops elements.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,6 +73,29 @@ impl Dropout {
         factors
     }
 
+    /// Multiplies the first elements of row `row` of a matrix by their factors.
+    #[inline(always)]
+    pub fn multiply_row(&self, row: u32, values: &mut [f32]) {
+        /// Philox blocks at a time: their words fill the widest vectors.
+        const BLOCKS: usize = 16;
+        let key = [self.seed as u32, (self.seed >> 32) as u32];
+        let (threshold, scale) = (self.threshold(), self.keep_scale());
+        for (group, values) in values.chunks_mut(4 * BLOCKS).enumerate() {
+            let columns = std::array::from_fn(|i| (group * BLOCKS + i) as u32);
+            let counters = [columns, [row; BLOCKS], [self.step; BLOCKS], [self.site; BLOCKS]];
+            let words = philox4x32_7_lanes(counters, key);
+            let mut factors = [0.0; 4 * BLOCKS];
+            for i in 0..BLOCKS {
+                for (j, words) in words.iter().enumerate() {
+                    factors[4 * i + j] = if words[i] >= threshold { scale } else { 0.0 };
+                }
+            }
+            for (value, factor) in values.iter_mut().zip(factors) {
+                *value *= factor;
+            }
+        }
+    }
+
     /// The words of a kernel's parameters: seed, step, site, threshold, scale.
     pub fn params(&self) -> [u32; 6] {
         [
@@ -90,15 +114,30 @@ impl Dropout {
 pub trait DropoutOps: Backend {
     /// x (..., K) times the mask's factors.
     fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
-        let shape = x.shape();
-        let columns = shape[shape.num_dims() - 1];
-        let factors = dropout.factors(shape.num_elements() / columns.max(1), columns);
-        let mask = Self::float_from_data(TensorData::new(factors, shape).convert_dtype(x.dtype()), &x.device());
-        Self::float_mul(x, mask)
+        composed::<Self>(x, dropout)
     }
 }
 
-impl DropoutOps for Flex {}
+/// The whole of [`DropoutOps::dropout`]'s default, for the CPU's path to fall back on.
+fn composed<B: Backend>(x: FloatTensor<B>, dropout: Dropout) -> FloatTensor<B> {
+    let shape = x.shape();
+    let columns = shape[shape.num_dims() - 1];
+    let factors = dropout.factors(shape.num_elements() / columns.max(1), columns);
+    let mask = B::float_from_data(TensorData::new(factors, shape).convert_dtype(x.dtype()), &x.device());
+    B::float_mul(x, mask)
+}
+
+impl DropoutOps for Flex {
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        if !cpu::serves(&[&x]) {
+            return composed::<Self>(x, dropout);
+        }
+        let [_, columns] = cpu::matrix(&x);
+        let mut x = cpu::own(x);
+        cpu::elementwise::mask(x.storage_mut::<f32>(), columns, dropout);
+        x
+    }
+}
 
 /// The kernel for rows of `columns` elements of f16 (or f32): one lane a thread, 256 threads a workgroup.
 pub fn kernel(columns: usize, f16: bool) -> Kernel {

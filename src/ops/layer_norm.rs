@@ -14,6 +14,7 @@ use burn::tensor::{DType, Shape, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{Optional, flatten};
+use crate::cpu;
 use crate::kernel::lanes::{Lanes, serves};
 use crate::kernel::{Kernel, empty, empty_like, fold, matrix};
 
@@ -46,7 +47,45 @@ pub trait LayerNormOps: Backend {
     }
 }
 
-impl LayerNormOps for Flex {}
+impl LayerNormOps for Flex {
+    fn layer_norm_forward(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: Optional<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        if !cpu::serves(&[&x, &w]) {
+            return composed_forward::<Self>(x, w, b);
+        }
+        let (x, w, b) = (cpu::contiguous(x), cpu::contiguous(w), b.map(cpu::contiguous));
+        let (y, mean, rstd) = cpu::layer_norm::forward(cpu::values(&x), cpu::values(&w), b.as_ref().map(cpu::values));
+        let column = Shape::new([mean.len(), 1]);
+        (cpu::tensor(y, x.shape()), cpu::tensor(mean, column.clone()), cpu::tensor(rstd, column))
+    }
+
+    fn layer_norm_backward(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        mean: FloatTensor<Self>,
+        rstd: FloatTensor<Self>,
+        past: Optional<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        if !cpu::serves(&[&dy, &x, &w]) {
+            return composed_backward::<Self>(dy, x, w, mean, rstd, past);
+        }
+        let [dy, x, w, mean, rstd] = [dy, x, w, mean, rstd].map(cpu::contiguous);
+        let past = past.map(cpu::contiguous);
+        let (dx, dw, db) = cpu::layer_norm::backward(cpu::layer_norm::Backward {
+            dy: cpu::values(&dy),
+            x: cpu::values(&x),
+            w: cpu::values(&w),
+            mean: cpu::values(&mean),
+            rstd: cpu::values(&rstd),
+            past: past.as_ref().map(cpu::values),
+        });
+        (cpu::tensor(dx, x.shape()), cpu::tensor(dw, w.shape()), cpu::tensor(db, w.shape()))
+    }
+}
 
 /// The whole of [`LayerNormOps::layer_norm_forward`]'s default, for the GPU path to fall back on.
 fn composed_forward<B: Backend>(

@@ -13,7 +13,7 @@ use burn::backend::{
         ops::{Backward, Ops, OpsKind},
     },
     backend_extension,
-    ops::{ActivationOps, FloatTensorOps},
+    ops::FloatTensorOps,
     tensor::FloatTensor,
 };
 use burn::tensor::{DType, FloatDType, Shape, Tensor};
@@ -24,6 +24,10 @@ use self::product::{Product, sum_parts, sum_parts_kernel};
 use self::tiles::{Epilogue, Layout};
 use super::dropout::{Dropout, DropoutOps};
 use super::{Optional, flatten, gradient_scale};
+use crate::cpu::{
+    self,
+    product::{Matrix, MatrixMut, product, product_of},
+};
 use crate::kernel::{self, Capabilities, Kernel, Made, Variant, fold, matrix};
 
 /// Which GELU: GPT-2 was trained with the tanh approximation, nanoGPT uses the exact one.
@@ -38,8 +42,8 @@ pub enum Gelu {
 }
 
 /// √(2/π), the constant of the tanh GELU.
-const TANH_SCALE: f64 = 0.797_884_560_802_865_4;
-const TANH_CUBIC: f64 = 0.044_715;
+pub(crate) const TANH_SCALE: f64 = 0.797_884_560_802_865_4;
+pub(crate) const TANH_CUBIC: f64 = 0.044_715;
 
 /// y = x Wᵀ + b and its three gradients. W is (out, in), row-major.
 #[backend_extension(Cube, Flex, Autodiff)]
@@ -189,13 +193,97 @@ fn tanh_argument<B: Backend>(h: FloatTensor<B>) -> FloatTensor<B> {
     B::float_mul_scalar(B::float_mul(h, factor), TANH_SCALE.into())
 }
 
-impl LinearOps for Flex {
-    /// Flex's own gelu_backward is the exact one, in a single pass over memory instead of ten.
-    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
-        match gelu {
-            Gelu::Erf => Self::gelu_backward(h, dy),
-            Gelu::Tanh => composed_gelu_dh::<Self>(dy, h, gelu),
+/// x wᵀ + b, (..., N), by the CPU's loops.
+fn cpu_forward(x: FloatTensor<Flex>, w: FloatTensor<Flex>, b: Optional<Flex>) -> FloatTensor<Flex> {
+    let (x, w) = (cpu::contiguous(x), cpu::contiguous(w));
+    let ([rows, inputs], [outputs, _]) = (cpu::matrix(&x), cpu::matrix(&w));
+    let (xs, ws) = (Matrix::dense(cpu::values(&x), rows, inputs), Matrix::dense(cpu::values(&w), outputs, inputs));
+    let y = match b.map(cpu::contiguous) {
+        Some(b) => {
+            let mut y = cpu::elementwise::repeat(cpu::values(&b), rows);
+            product(xs, ws.t(), MatrixMut::dense(&mut y, rows, outputs), true);
+            y
         }
+        None => product_of(xs, ws.t()),
+    };
+    cpu::tensor(y, cpu::with_columns(&x, outputs))
+}
+
+impl LinearOps for Flex {
+    fn linear_forward(x: FloatTensor<Self>, w: FloatTensor<Self>, b: Optional<Self>) -> FloatTensor<Self> {
+        if !cpu::serves(&[&x, &w]) {
+            return composed_forward::<Self>(x, w, b);
+        }
+        cpu_forward(x, w, b)
+    }
+
+    fn linear_dx(dy: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        if !cpu::serves(&[&dy, &w]) {
+            return composed_dx::<Self>(dy, w);
+        }
+        let (dy, w) = (cpu::contiguous(dy), cpu::contiguous(w));
+        let ([rows, outputs], [_, inputs]) = (cpu::matrix(&dy), cpu::matrix(&w));
+        let (dys, ws) =
+            (Matrix::dense(cpu::values(&dy), rows, outputs), Matrix::dense(cpu::values(&w), outputs, inputs));
+        cpu::tensor(product_of(dys, ws), cpu::with_columns(&dy, inputs))
+    }
+
+    fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+        if !cpu::serves(&[&dy, &x]) {
+            return composed_dw::<Self>(dy, x);
+        }
+        let (dy, x) = (cpu::contiguous(dy), cpu::contiguous(x));
+        let ([rows, outputs], [_, inputs]) = (cpu::matrix(&dy), cpu::matrix(&x));
+        let (dys, xs) = (Matrix::dense(cpu::values(&dy), rows, outputs), Matrix::dense(cpu::values(&x), rows, inputs));
+        cpu::tensor(product_of(dys.t(), xs), Shape::new([outputs, inputs]))
+    }
+
+    fn linear_db(dy: FloatTensor<Self>) -> FloatTensor<Self> {
+        if !cpu::serves(&[&dy]) {
+            return composed_db::<Self>(dy);
+        }
+        let dy = cpu::contiguous(dy);
+        let [_, outputs] = cpu::matrix(&dy);
+        cpu::tensor(cpu::elementwise::column_sums(cpu::values(&dy), outputs), Shape::new([outputs]))
+    }
+
+    fn linear_gelu(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: Optional<Self>,
+        gelu: Gelu,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if !cpu::serves(&[&x, &w]) {
+            return composed_gelu::<Self>(x, w, b, gelu);
+        }
+        let h = cpu_forward(x, w, b);
+        (cpu::tensor(cpu::elementwise::gelu_of(cpu::values(&h), gelu), h.shape()), h)
+    }
+
+    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
+        if !cpu::serves(&[&dy, &h]) {
+            return composed_gelu_dh::<Self>(dy, h, gelu);
+        }
+        let (mut dh, h) = (cpu::own(dy), cpu::contiguous(h));
+        cpu::elementwise::times_gelu_slope(dh.storage_mut::<f32>(), cpu::values(&h), gelu);
+        dh
+    }
+
+    fn linear_residual(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: Optional<Self>,
+        residual: FloatTensor<Self>,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        if !cpu::serves(&[&x, &w, &residual]) {
+            return composed_residual::<Self>(x, w, b, residual, dropout);
+        }
+        let mut y = cpu_forward(x, w, b);
+        let [_, columns] = cpu::matrix(&y);
+        let residual = cpu::contiguous(residual);
+        cpu::elementwise::drop_and_add(y.storage_mut::<f32>(), cpu::values(&residual), columns, dropout);
+        y
     }
 }
 

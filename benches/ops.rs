@@ -3,6 +3,8 @@
 //! `cargo bench --bench ops -- [--device vulkan] [B,H,T,D ...]`. TFLOP/s count 4 B H T² D / 2 forward and 2.5 times that
 //! backward, whatever a variant really computes, so that the rows compare.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, bail};
 use burn::backend::DispatchTensorKind;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
@@ -116,11 +118,17 @@ fn rows(device: &Device, shape: [usize; 4], dtype: DType) -> Result<()> {
 }
 
 /// The least of several rounds, milliseconds a call, and which clock measured it.
+///
+/// A GPU with nothing to do lowers its clock, an H200 to a sixth, and takes longer than a round to raise it again.
 fn time_of(device: &Device, call: impl Fn() + Sync) -> Result<(f64, String)> {
     const ROUNDS: usize = 7;
     const CALLS: u32 = 5;
-    call(); // compiles
-    device::wait(device)?;
+    const WARM_UP: Duration = Duration::from_millis(200);
+    let start = Instant::now();
+    while start.elapsed() < WARM_UP {
+        call(); // the first compiles
+        device::wait(device)?;
+    }
     let (mut best, mut timer) = (f64::INFINITY, String::new());
     for _ in 0..ROUNDS {
         let round = || (0..CALLS).for_each(|_| call());

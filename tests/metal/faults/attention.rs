@@ -71,8 +71,8 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a barrier that not all threads reach", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
-        from: "            stage_rows();\n            workgroupBarrier();",
-        to: "            stage_rows();\n            if (thread < 48u) { workgroupBarrier(); }", found_by: Layer::Parting,
+        from: "            workgroupBarrier();\n            stage_blocks();",
+        to: "            if (thread < 48u) { workgroupBarrier(); }\n            stage_blocks();", found_by: Layer::Parting,
     },
     Fault {
         what: "one key of the future", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],
@@ -141,8 +141,8 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a write one element further", kernel: "attention_scalar_dkv", constants: &[F32, D64, KEEPS],
-        from: "tiles[at + 3u * pitch] =",
-        to: "tiles[at + 3u * pitch + 1u] =", found_by: Layer::Bounds,
+        from: "next_rows[i] = vec4<f32>(dout[",
+        to: "next_rows[i + 1u] = vec4<f32>(dout[", found_by: Layer::Bounds,
     },
     Fault {
         what: "a tile left out", kernel: "attention_scalar_dkv", constants: &[F32, D64, KEEPS],

@@ -119,25 +119,34 @@ fn rows(device: &Device, shape: [usize; 4], dtype: DType) -> Result<()> {
 
 /// The least of several rounds, milliseconds a call, and which clock measured it.
 ///
-/// A GPU with nothing to do lowers its clock, an H200 to a sixth, and takes longer than a round to raise it again.
+/// A GPU with nothing to do lowers its clock, an H200 to a sixth, and takes its time to raise it again: rounds are long, and some
+/// go before.
 fn time_of(device: &Device, call: impl Fn() + Sync) -> Result<(f64, String)> {
     const ROUNDS: usize = 7;
-    const CALLS: u32 = 5;
+    const ROUND: Duration = Duration::from_millis(20);
     const WARM_UP: Duration = Duration::from_millis(200);
+    let run = |calls: u32| -> Result<Duration> {
+        let start = Instant::now();
+        (0..calls).for_each(|_| call());
+        device::wait(device)?;
+        Ok(start.elapsed())
+    };
+    run(1)?; // compiles
+    let one = run(1)?.max(Duration::from_micros(1));
+    let calls = (ROUND.as_secs_f64() / one.as_secs_f64()).clamp(1.0, 200.0) as u32;
     let start = Instant::now();
     while start.elapsed() < WARM_UP {
-        call(); // the first compiles
-        device::wait(device)?;
+        run(calls)?;
     }
     let (mut best, mut timer) = (f64::INFINITY, String::new());
     for _ in 0..ROUNDS {
-        let round = || (0..CALLS).for_each(|_| call());
+        let round = || (0..calls).for_each(|_| call());
         let ((), profile) = device.profile(round).map_err(|e| anyhow::anyhow!("{e:?}"))?;
         let method = profile.timing_method();
         device::wait(device)?;
         let ticks = pollster::block_on(profile.resolve()).context("the profile is empty")?;
         timer = format!("{method:?}").to_lowercase();
-        best = best.min(ticks.duration().as_secs_f64() * 1e3 / f64::from(CALLS));
+        best = best.min(ticks.duration().as_secs_f64() * 1e3 / f64::from(calls));
     }
     Ok((best, timer))
 }

@@ -109,6 +109,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
         let lr = optim::learning_rate(&config.optim, iter);
 
         if iter.is_multiple_of(config.train.eval_interval) || config.train.eval_only {
+            device::wait(run.device)?; // what is queued is the iterations' time, not the evaluation's
             timed.pause();
             let started = Instant::now();
             let (train_loss, val_loss) = evaluate(&model, config, run.data, run.device, iter)?;
@@ -146,8 +147,8 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
         model = match iter - first_iter {
             // The step before shows what one takes undisturbed; both wait for the device, and count in no time that is logged.
             TIMED if run.profile => {
-                timed.pause();
                 device::wait(run.device)?;
+                timed.pause();
                 let started = Instant::now();
                 let (updated, _) = advance(model)?;
                 device::wait(run.device)?;
@@ -174,7 +175,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
         let stopping = run.stop.load(Ordering::Relaxed);
         let last = state.step > max_iters;
         if iter.is_multiple_of(config.train.log_interval) || last || stopping {
-            // The one place where the host waits for the device.
+            // With the evaluation the one place where the host waits for the device.
             let last_step = optimizer.last_step()?;
             let LastStep { loss, grad_norm, .. } = last_step;
             let ms = timed.lap();

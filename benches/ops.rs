@@ -18,9 +18,6 @@ use gpt_wgpu::ops::dropout::Dropout;
 /// Batch, heads, time, head dimension: char-Shakespeare's, GPT-2's, and one long context.
 const SHAPES: [[usize; 4]; 3] = [[64, 6, 256, 64], [16, 12, 1024, 64], [1, 12, 16384, 64]];
 
-/// The composed version's scores would not fit: (B, H, T, T) floats over this many bytes are not tried.
-const COMPOSED_LIMIT: usize = 4 << 30;
-
 fn main() -> Result<()> {
     let (mut spec, mut shapes) = ("auto".to_string(), Vec::new());
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
@@ -81,7 +78,9 @@ fn rows(device: &Device, shape: [usize; 4], dtype: DType) -> Result<()> {
     if let Some(Variant::Coop { edge, f16 }) = supported.iter().find(|v| matches!(v, Variant::Coop { .. })) {
         choices.push((Kernels::Coop, format!("coop {edge}, {} products", if *f16 { "f16" } else { "f32" })));
     }
-    if batch * heads * time * time * dtype.size() <= COMPOSED_LIMIT && !f16 {
+    // The composed version's scores (B, H, T, T) are one buffer.
+    let scores = (batch * heads * time * time * dtype.size()) as u64;
+    if scores <= kernel::largest_buffer(&qkv) && !f16 {
         choices.push((Kernels::Composed, "composed".to_string()));
     }
     let flops = 2.0 * (batch * heads * head_dim) as f64 * (time as f64).powi(2);

@@ -107,6 +107,9 @@ fn bench_refuses_what_it_cannot_measure() {
     refused(&sandbox.run(&["bench", "--device=cpu", "--ops"]), 1, &["--ops", "the CPU has none"]);
     refused(&sandbox.run(&["bench", "--device=cuda"]), 1, &["--device cuda"]);
     refused(&sandbox.run(&["bench", "--n-head=0"]), 2, &["n_head = 0"]);
+    let large =
+        ["--device=cpu", "--dataset=builtin", "--batch-size=1048576", "--block-size=2048", "--n-embd=64", "--n-head=2"];
+    refused(&sandbox.run(&[&["bench"], &large[..]].concat()), 1, &["this run needs about", "batch_size = "]);
     let flags = ["--learning-rate=1e30", "--warmup-iters=0", "--grad-clip=0", "--no-peak"];
     let words = ["so the times mean nothing", "gpt-wgpu doctor --device cpu"];
     refused(&sandbox.run(&[&["bench"], TINY, &flags].concat()), 1, &words);

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::{ArgMatches, Args};
 
 use crate::bench::{self, Bench};
@@ -13,6 +13,7 @@ use crate::corpus;
 use crate::data::Dataset;
 use crate::device;
 use crate::kernel;
+use crate::memory::plan::{Budget, Plan};
 use crate::prepare::Source;
 use crate::report::{BenchReport, Mfu};
 use crate::startup;
@@ -74,6 +75,9 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
     let _ = writeln!(stdout, "{precision}");
     let data = dataset(&config)?;
     let gpt = config.gpt(data.as_ref().map_or_else(|| vocabulary(&config), |data| Ok(data.vocab_size()))?);
+    if let Some(refusal) = Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), false).refusal() {
+        bail!(refusal);
+    }
     startup::part("data");
     let (report, profile) = bench::run(&Bench {
         config: &config,

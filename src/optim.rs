@@ -113,9 +113,7 @@ impl Optimizer {
 
     /// The same for steps of several micro-batches, which the first loss scale depends on ([`verdict::first_scale`]).
     pub fn for_micro_batches(count: usize, f16: bool, device: &Device) -> Self {
-        let mut memory = verdict::first_state(if f16 { verdict::first_scale(count) } else { 1.0 }, 0);
-        memory[verdict::state::HAS_SCALE] = f32::from(f16);
-        Self::with_memory(memory, count, f16, device)
+        Self::with_memory(verdict::first_state(1.0, 0), count, f16, device)
     }
 
     /// With what the verdicts of earlier steps remember, and no moments yet, for steps of `count` micro-batches. Where those steps

@@ -16,6 +16,7 @@
 //     SUBGROUP_ROWS, SUBGROUP_COLS   subgroups of the workgroup over BLOCK_M and BLOCK_N, at least 2 in all
 //     BLOCK_M, BLOCK_N    1, 2 or 4 * EDGE a subgroup (rows: 3 too)
 //     BLOCK_K             1 to 4 * EDGE; at most 8 packs of A and of B a thread
+//     SCRATCH_PAD         floats behind each row of a subgroup's scratch, against bank conflicts
 //     A_BY_K, B_BY_N      bool: A is stored (K, M), else (M, K); B is stored (N, K), else (K, N)
 //     RAGGED      bool: whether M or N is no multiple of BLOCK_M or BLOCK_N
 //     K_RAGGED    bool: whether K is no multiple of BLOCK_K
@@ -31,10 +32,14 @@ const A_ROW_PACKS: u32 = select(BLOCK_K, BLOCK_M, A_BY_K) / PACK; // of a row of
 const B_ROW_PACKS: u32 = select(BLOCK_N, BLOCK_K, B_BY_N) / PACK;
 const A_STEPS: u32 = BLOCK_M * BLOCK_K / PACK / THREADS; // packs that a thread moves
 const B_STEPS: u32 = BLOCK_N * BLOCK_K / PACK / THREADS;
-// Scratch: SCRATCH_TILES matrices side by side for each subgroup.
-const SCRATCH_TILES: u32 = min(select(1u, 2u, SUBGROUP_ROWS * SUBGROUP_COLS <= 4u), COL_TILES);
+// Pack i of a thread lies so many rows of the tile below its pack i - 1, in the same column.
+const A_ROWS_APART: u32 = THREADS / A_ROW_PACKS;
+const B_ROWS_APART: u32 = THREADS / B_ROW_PACKS;
+const_assert THREADS % A_ROW_PACKS == 0u && THREADS % B_ROW_PACKS == 0u;
+// Scratch: 16 columns for each subgroup, one matrix or two of edge 8 side by side.
+const SCRATCH_TILES: u32 = 16u / EDGE;
 const SCRATCH_COLS: u32 = SCRATCH_TILES * EDGE;
-const SCRATCH_STRIDE: u32 = SCRATCH_COLS + 8u;
+const SCRATCH_STRIDE: u32 = SCRATCH_COLS + SCRATCH_PAD;
 const SUBGROUP_SCRATCH: u32 = EDGE * SCRATCH_STRIDE;
 const LANE_QUADS: u32 = EDGE * SCRATCH_COLS / 4u / SUBGROUP_SIZE;
 
@@ -54,43 +59,67 @@ var<private> sums: array<mat_c, ROW_TILES * COL_TILES>;
 var<private> left: array<mat_a, ROW_TILES>;
 var<private> next_a: array<a_pack, A_STEPS>;
 var<private> next_b: array<b_pack, B_STEPS>;
+var<private> at_a: array<u32, A_STEPS>; // where they were loaded from, for load_a and load_b
+var<private> at_b: array<u32, B_STEPS>;
+var<private> step_a: u32; // what leads to the next tile
+var<private> step_b: u32;
+var<private> slot_a: u32; // where the thread's first packs stand in the tiles
+var<private> slot_b: u32;
 var<private> others: array<vec4<f32>, COL_TILES * EDGE * EDGE / 4u / SUBGROUP_SIZE>; // the lane's quads of extra, a row of tiles
 var<private> tile_row: u32; // the subgroup's place in the block
 var<private> tile_col: u32;
 
-// One pack of the tile of A that begins at first_k -> registers. Rows beyond the matrix repeat its last; k beyond the end
-// counts 0 in A, so what it meets in B only has to be a number, which the padding of a row need not be.
-fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
-    let index = thread + i * THREADS;
-    let row = index / A_ROW_PACKS;
-    let col = index % A_ROW_PACKS * PACK;
+// The row of a tile that a thread's first pack is in. Threads write 128 bytes at once; where that is two rows of 32 f16, they lie four
+// rows apart, since neighbouring ones meet in the same banks (5 to 9 % of a product's time).
+fn row_in(thread: u32, row_packs: u32) -> u32 {
+    let row = thread / row_packs;
+    return select(row, row / 8u * 8u + row % 8u / 2u + row % 2u * 4u, row_packs * PACK == 32u);
+}
+
+// Where pack i of the tile that begins at first_k stands in storage. Rows beyond the matrix repeat its last.
+fn index_a(i: u32, place: Place, first_k: u32, thread: u32) -> u32 {
+    let row = row_in(thread, A_ROW_PACKS) + i * A_ROWS_APART;
+    let col = thread % A_ROW_PACKS * PACK;
     if (A_BY_K) {
-        let k = first_k + row;
-        next_a[i] = load_a(row_of_k(k) * params.a_stride + pack_of_m(place.first_row + col));
-        if (K_RAGGED) {
-            next_a[i] = first_of_a(next_a[i], select(0u, PACK, k < place.end_k));
-        }
-    } else {
-        let k = first_k + col;
-        next_a[i] = load_a(row_of_m(place.first_row + row) * params.a_stride + pack_of_k(k));
-        if (K_RAGGED) {
-            next_a[i] = first_of_a(next_a[i], max(k, place.end_k) - k);
-        }
+        return (row_of_k(first_k + row) * params.a_stride + pack_of_m(place.first_row + col)) / UNIT;
     }
+    return (row_of_m(place.first_row + row) * params.a_stride + pack_of_k(first_k + col)) / UNIT;
+}
+
+fn index_b(i: u32, place: Place, first_k: u32, thread: u32) -> u32 {
+    let row = row_in(thread, B_ROW_PACKS) + i * B_ROWS_APART;
+    let col = thread % B_ROW_PACKS * PACK;
+    if (B_BY_N) {
+        return (row_of_n(place.first_col + row) * params.b_stride + pack_of_k(first_k + col)) / UNIT;
+    }
+    return (row_of_k(first_k + row) * params.b_stride + pack_of_n(place.first_col + col)) / UNIT;
+}
+
+// One pack of the tile of A that begins at first_k -> registers. k beyond the end counts 0 in A, so what it meets in B only has to
+// be a number, which the padding of a row need not be. Without an end to mind a pack is found by one addition: worked out from
+// its row and column anew, the addresses cost 4 % of a product's time.
+fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
+    if (!K_RAGGED) {
+        at_a[i] += step_a;
+        next_a[i] = load_a(at_a[i]);
+        return;
+    }
+    let k = first_k + select(thread % A_ROW_PACKS * PACK, row_in(thread, A_ROW_PACKS) + i * A_ROWS_APART, A_BY_K);
+    let inside = max(k, place.end_k) - k;
+    next_a[i] = first_of_a(
+        load_a(index_a(i, place, first_k, thread)), select(inside, select(0u, PACK, inside > 0u), A_BY_K));
 }
 
 fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
-    let index = thread + i * THREADS;
-    let row = index / B_ROW_PACKS;
-    let col = index % B_ROW_PACKS * PACK;
+    if (!K_RAGGED) {
+        at_b[i] += step_b;
+        next_b[i] = load_b(at_b[i]);
+        return;
+    }
+    next_b[i] = load_b(index_b(i, place, first_k, thread));
     if (B_BY_N) {
-        let k = first_k + col;
-        next_b[i] = load_b(row_of_n(place.first_col + row) * params.b_stride + pack_of_k(k));
-        if (K_RAGGED) {
-            next_b[i] = first_of_b(next_b[i], max(k, params.k) - k);
-        }
-    } else {
-        next_b[i] = load_b(row_of_k(first_k + row) * params.b_stride + pack_of_n(place.first_col + col));
+        let k = first_k + thread % B_ROW_PACKS * PACK;
+        next_b[i] = first_of_b(next_b[i], max(k, params.k) - k);
     }
 }
 
@@ -101,22 +130,31 @@ fn rounded_a(value: vec4<f32>) -> vec4<mat_elem> {
     return vec4<mat_elem>(value);
 }
 
-fn stage_a(i: u32, thread: u32) {
-    let index = thread + i * THREADS;
-    let place = index / A_ROW_PACKS * A_PITCH + index % A_ROW_PACKS * PACK / SLOT;
-    store_a(place, rounded_a(quad_of_a(next_a[i], 0u)));
+fn stage_a(i: u32) {
+    let slot = slot_a + i * A_ROWS_APART * A_PITCH;
+    store_a(slot, rounded_a(quad_of_a(next_a[i], 0u)));
     if (PACK > 4u) {
-        store_a(place + 4u / SLOT, rounded_a(quad_of_a(next_a[i], 1u)));
+        store_a(slot + 4u / SLOT, rounded_a(quad_of_a(next_a[i], 1u)));
     }
 }
 
-fn stage_b(i: u32, thread: u32) {
-    let index = thread + i * THREADS;
-    let place = index / B_ROW_PACKS * B_PITCH + index % B_ROW_PACKS * PACK / SLOT;
-    store_b(place, vec4<mat_elem>(quad_of_b(next_b[i], 0u)));
+fn stage_b(i: u32) {
+    let slot = slot_b + i * B_ROWS_APART * B_PITCH;
+    store_b(slot, vec4<mat_elem>(quad_of_b(next_b[i], 0u)));
     if (PACK > 4u) {
-        store_b(place + 4u / SLOT, vec4<mat_elem>(quad_of_b(next_b[i], 1u)));
+        store_b(slot + 4u / SLOT, vec4<mat_elem>(quad_of_b(next_b[i], 1u)));
     }
+}
+
+// The first tile -> registers
+fn begin(place: Place, thread: u32) {
+    slot_a = row_in(thread, A_ROW_PACKS) * A_PITCH + thread % A_ROW_PACKS * PACK / SLOT;
+    slot_b = row_in(thread, B_ROW_PACKS) * B_PITCH + thread % B_ROW_PACKS * PACK / SLOT;
+    for (var i = 0u; i < min(4u, A_STEPS); i++) { at_a[i] = index_a(i, place, place.first_k, thread); }
+    for (var i = 4u; i < A_STEPS; i++) { at_a[i] = index_a(i, place, place.first_k, thread); }
+    for (var i = 0u; i < min(4u, B_STEPS); i++) { at_b[i] = index_b(i, place, place.first_k, thread); }
+    for (var i = 4u; i < B_STEPS; i++) { at_b[i] = index_b(i, place, place.first_k, thread); }
+    fetch(place, place.first_k, thread);
 }
 
 fn fetch(place: Place, first_k: u32, thread: u32) {
@@ -126,11 +164,11 @@ fn fetch(place: Place, first_k: u32, thread: u32) {
     for (var i = 4u; i < B_STEPS; i++) { fetch_b(i, place, first_k, thread); }
 }
 
-fn stage(thread: u32) {
-    for (var i = 0u; i < min(4u, A_STEPS); i++) { stage_a(i, thread); }
-    for (var i = 4u; i < A_STEPS; i++) { stage_a(i, thread); }
-    for (var i = 0u; i < min(4u, B_STEPS); i++) { stage_b(i, thread); }
-    for (var i = 4u; i < B_STEPS; i++) { stage_b(i, thread); }
+fn stage() {
+    for (var i = 0u; i < min(4u, A_STEPS); i++) { stage_a(i); }
+    for (var i = 4u; i < A_STEPS; i++) { stage_a(i); }
+    for (var i = 0u; i < min(4u, B_STEPS); i++) { stage_b(i); }
+    for (var i = 4u; i < B_STEPS; i++) { stage_b(i); }
 }
 
 fn load_left(i: u32, k: u32) {
@@ -229,13 +267,19 @@ fn main(
     tile_row = subgroup / SUBGROUP_COLS * ROW_TILES * EDGE;
     tile_col = subgroup % SUBGROUP_COLS * COL_TILES * EDGE;
 
-    fetch(place, place.first_k, thread);
+    begin(place, thread);
+    // Behind the last tile the first is fetched again, rather than branch.
+    let along_a = select(BLOCK_K, BLOCK_K * params.a_stride, A_BY_K) / UNIT;
+    let along_b = select(BLOCK_K * params.b_stride, BLOCK_K, B_BY_N) / UNIT;
+    let tiles = (place.end_k - place.first_k) / BLOCK_K;
     for (var first_k = place.first_k; first_k < place.end_k; first_k += BLOCK_K) {
+        let is_last = first_k + BLOCK_K >= place.end_k;
+        step_a = select(along_a, along_a * (1u - tiles), is_last);
+        step_b = select(along_b, along_b * (1u - tiles), is_last);
         workgroupBarrier();
-        stage(thread);
+        stage();
         workgroupBarrier();
-        // The last step fetches its own tile again rather than branch.
-        fetch(place, select(first_k, first_k + BLOCK_K, first_k + BLOCK_K < place.end_k), thread);
+        fetch(place, select(first_k + BLOCK_K, place.first_k, is_last), thread);
         // Written out: the compiler does not unroll a loop in a loop, and its loads would wait for its products (8 %).
         multiply(0u);
         if (BLOCK_K > EDGE) { multiply(EDGE); }

@@ -1,11 +1,13 @@
 // How the cooperative linear_* kernels reach f16 storage: eight neighbours at a time, where every row begins at a multiple of
 // eight. As bits, since 16 bytes of f16 are no type of WGSL's and two loads of eight bytes cost a fifth of the speed on an H200
-// (218 and 251 TFLOP/s). linear_quads.wgsl and linear_pack4.wgsl are the other form. Indices count elements.
+// (218 and 251 TFLOP/s). linear_quads.wgsl and linear_pack4.wgsl are the other form. Loads
+// count UNITs, stores elements.
 //
 // Expects from the header: out_elem (f32 or f16).
 // Bindings: 0 a, 1 b, 2 out.
 
 const PACK: u32 = 8u;
+const UNIT: u32 = PACK;
 alias a_pack = vec4<u32>;
 alias b_pack = vec4<u32>;
 
@@ -14,11 +16,11 @@ alias b_pack = vec4<u32>;
 @group(0) @binding(2) var<storage, read_write> out: array<vec4<out_elem>>;
 
 fn load_a(index: u32) -> a_pack {
-    return a[index / PACK];
+    return a[index];
 }
 
 fn load_b(index: u32) -> b_pack {
-    return b[index / PACK];
+    return b[index];
 }
 
 // The pack with zeros behind its first `count` elements: a word holds two, the first in its low half.

@@ -84,13 +84,13 @@ fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
     let row = place.first_row + at.x;
     let k = first_k + at.k;
     if (A_BY_K) {
-        var pack = load_a(row_of_k(k) * params.a_stride + pack_of_m(row));
+        var pack = load_a((row_of_k(k) * params.a_stride + pack_of_m(row)) / UNIT);
         if (K_RAGGED) {
             pack = first_of_a(pack, select(0u, PACK, k < place.end_k));
         }
         next_a[i] = quad_of_a(pack, 0u);
     } else {
-        var pack = load_a(row_of_m(row) * params.a_stride + pack_of_k(k));
+        var pack = load_a((row_of_m(row) * params.a_stride + pack_of_k(k)) / UNIT);
         if (K_RAGGED) {
             pack = first_of_a(pack, max(k, place.end_k) - k);
         }
@@ -103,13 +103,13 @@ fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
     let col = place.first_col + at.x;
     let k = first_k + at.k;
     if (B_BY_N) {
-        var pack = load_b(row_of_n(col) * params.b_stride + pack_of_k(k));
+        var pack = load_b((row_of_n(col) * params.b_stride + pack_of_k(k)) / UNIT);
         if (K_RAGGED) {
             pack = first_of_b(pack, max(k, params.k) - k);
         }
         next_b[i] = quad_of_b(pack, 0u);
     } else {
-        next_b[i] = quad_of_b(load_b(row_of_k(k) * params.b_stride + pack_of_n(col)), 0u);
+        next_b[i] = quad_of_b(load_b((row_of_k(k) * params.b_stride + pack_of_n(col)) / UNIT), 0u);
     }
 }
 

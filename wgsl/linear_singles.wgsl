@@ -1,8 +1,11 @@
 // How the linear_* kernels reach storage: one element at a time, for rows of any length.
-// linear_quads.wgsl is the faster form of this. Indices count elements. Prepend linear_pack4.wgsl.
+// linear_quads.wgsl is the faster form of this. Loads and stores count elements (a UNIT is one). Prepend
+// linear_pack4.wgsl.
 //
 // Expects from the header: a_elem, b_elem, out_elem (f32 or f16).
 // Bindings: 0 a, 1 b, 2 out.
+
+const UNIT: u32 = 1u;
 
 @group(0) @binding(0) var<storage, read_write> a: array<a_elem>;
 @group(0) @binding(1) var<storage, read_write> b: array<b_elem>;

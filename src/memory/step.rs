@@ -9,6 +9,7 @@ use crate::ops::cross_entropy::{chunk_rows, logits_stride};
 use crate::ops::layer_norm::BACKWARD_GROUPS;
 use crate::ops::linear::BLOCK_ROWS;
 use crate::ops::linear::product::splits;
+use crate::ops::linear::tiles;
 use crate::recompute::Recompute;
 
 /// What memory is for, in the order of a [`Breakdown`].
@@ -340,7 +341,10 @@ impl Replayer<'_> {
     /// The parts of a product (m, n) over k that is split, or added to what is there.
     fn parts(&mut self, m: u64, n: u64, k: u64, accumulate: bool) {
         let count = match self.shape.variant {
-            Some(variant) => splits(variant, self.shape.f16, [m as usize, n as usize, k as usize]).0 as u64,
+            Some(variant) => {
+                let [m, n, k] = [m, n, k].map(|size| size as usize);
+                splits(variant, tiles::choose(variant, self.shape.f16, m, n, true), [m, n, k]).0 as u64
+            }
             None => 1,
         };
         if count > 1 || accumulate {

@@ -3,23 +3,10 @@
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::tiles::{self, Access, Epilogue, Layout, Ragged, Spec, Tile};
+use super::tiles::{self, Access, Epilogue, Layout, Ragged, Spec, Tile, groups_at_a_time};
 use crate::kernel::lanes::Lanes;
 use crate::kernel::{self, Kernel, Variant, Work, fold};
 use crate::ops::dropout::Dropout;
-
-/// Processors of an H200, for which tall products are split (wgpu does not tell a device's). Where there are fewer, parts cost
-/// their traffic and nothing else.
-const PROCESSORS: usize = 132;
-
-/// Workgroups of a product that run at a time: one a processor where it multiplies on matrices (48 KB of workgroup memory); of
-/// the scalar kernel 512 threads a processor, whose 128 registers each are all it has.
-fn groups_at_a_time(variant: Variant, tile: Tile) -> usize {
-    match variant {
-        Variant::Coop { .. } => PROCESSORS,
-        Variant::Scalar => PROCESSORS * 512 / (tile.grid.0 * tile.grid.1) as usize,
-    }
-}
 
 /// Steps over K that a workgroup's first loads and its epilogue take as long as.
 const OVERHEAD_STEPS: usize = 2;
@@ -79,27 +66,29 @@ impl<'a> Product<'a> {
 
     /// Queues the product into `out`, M rows of `strides[2]` elements.
     pub fn launch(&self, variant: Variant, out: &CubeTensor) {
-        self.launch_split(variant, self.k, out);
+        let tile = tiles::choose(variant, self.a.dtype == DType::F16, self.m, self.n, false);
+        self.launch_split(variant, tile, self.k, out);
     }
 
     /// Queues the product into `out` with K split over workgroups where M × N alone gives too few of them: a weight's
     /// gradient, or what comes back through a head. The parts are added in a fixed order. `accumulate` adds to what
     /// `out` (without padding) holds.
     pub fn launch_tall(&self, variant: Variant, out: &CubeTensor, accumulate: bool) {
-        let f16 = self.a.dtype == DType::F16;
-        let (splits, k_split) = splits(variant, f16, [self.m, self.n, self.k]);
+        let tile = tiles::choose(variant, self.a.dtype == DType::F16, self.m, self.n, true);
+        let (splits, k_split) = splits(variant, tile, [self.m, self.n, self.k]);
         if splits <= 1 && !accumulate {
-            return self.launch(variant, out);
+            return self.launch_split(variant, tile, self.k, out);
         }
         let parts = kernel::empty_of(out, Shape::new([splits, self.m, self.n]), DType::F32);
-        self.launch_split(variant, k_split, &parts);
+        self.launch_split(variant, tile, k_split, &parts);
         sum_parts(&parts, splits, out, accumulate);
     }
 
-    fn launch_split(&self, variant: Variant, k_split: usize, out: &CubeTensor) {
+    fn launch_split(&self, variant: Variant, tile: Tile, k_split: usize, out: &CubeTensor) {
         let f16 = |tensor: &CubeTensor| tensor.dtype == DType::F16;
         let plan = Plan {
             variant,
+            tile,
             layout: self.layout,
             sizes: [self.m, self.n, self.k],
             strides: self.strides,
@@ -120,11 +109,9 @@ impl<'a> Product<'a> {
     }
 }
 
-/// How many parts a tall product (M, N) over K of factors in f16 (or f32) is split into, and what of K each of them sums: what
-/// takes least, counted in steps. Workgroups run in waves of as many as the device holds, and a last wave that is half empty
+/// How many parts a tall product (M, N) over K is split into, and what of K each of them sums: what takes least, counted in steps. Workgroups run in waves of as many as the device holds, and a last wave that is half empty
 /// takes as long as a full one: 36 blocks in 8 parts are three waves, in 7 parts two.
-pub fn splits(variant: Variant, f16: bool, [m, n, k]: [usize; 3]) -> (usize, usize) {
-    let tile = tiles::choose(variant, f16, m, n);
+pub fn splits(variant: Variant, tile: Tile, [m, n, k]: [usize; 3]) -> (usize, usize) {
     let blocks = tile.blocks(m, n).max(1);
     let steps = k.div_ceil(tile.k as usize);
     let cost = |splits: usize| {
@@ -142,6 +129,8 @@ pub fn splits(variant: Variant, f16: bool, [m, n, k]: [usize; 3]) -> (usize, usi
 pub struct Plan {
     /// How the products are made.
     pub variant: Variant,
+    /// What a workgroup computes: what [`tiles::choose`] gives.
+    pub tile: Tile,
     /// How A and B are stored.
     pub layout: Layout,
     /// M, N and K.
@@ -163,17 +152,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    fn tile(&self) -> Tile {
-        tiles::choose(self.variant, self.f16[0], self.sizes[0], self.sizes[1])
-    }
-
     fn is_scaled(&self) -> bool {
         self.scale != 1.0 && self.variant.rounds_f32()
     }
 
     /// The kernel, with what it computes.
     pub fn kernel(&self) -> Kernel {
-        let ([m, n, k], tile) = (self.sizes, self.tile());
+        let ([m, n, k], tile) = (self.sizes, self.tile);
         let multiples_of = |pack| self.strides.iter().all(|stride| stride.is_multiple_of(pack));
         // Eight at a time exist for f16 alone, and the scalar kernels compute in f32 anyway.
         let by_eight = self.variant != Variant::Scalar && self.f16[0] && self.f16[1];
@@ -207,7 +192,7 @@ impl Plan {
     /// Workgroups.
     pub fn groups(&self) -> u32 {
         let [m, n, k] = self.sizes;
-        (self.tile().blocks(m, n) * k.div_ceil(self.k_split.max(1)).max(1)) as u32
+        (self.tile.blocks(m, n) * k.div_ceil(self.k_split.max(1)).max(1)) as u32
     }
 
     /// The words of linear_params.wgsl.
@@ -263,8 +248,8 @@ mod tests {
         ];
         for (variant, f16) in [(matrices, true), (Variant::Scalar, false)] {
             for [m, n, k] in shapes {
-                let (parts, k_split) = splits(variant, f16, [m, n, k]);
-                let tile = tiles::choose(variant, f16, m, n);
+                let tile = tiles::choose(variant, f16, m, n, true);
+                let (parts, k_split) = splits(variant, tile, [m, n, k]);
                 assert!(parts * k_split >= k && (parts - 1) * k_split < k, "{parts} parts of {k_split} of {k}");
                 assert!(k_split.is_multiple_of(tile.k as usize), "{k_split}");
                 let (groups, room) = (parts * tile.blocks(m, n), groups_at_a_time(variant, tile));
@@ -272,6 +257,7 @@ mod tests {
                 assert!(filled > 0.8, "{m} x {n}: {groups} workgroups fill {filled} of their waves");
             }
         }
-        assert_eq!(splits(matrices, true, [50304, 768, 2496]).0, 1);
+        let tile = tiles::choose(matrices, true, 50304, 768, true);
+        assert_eq!(splits(matrices, tile, [50304, 768, 2496]).0, 1);
     }
 }

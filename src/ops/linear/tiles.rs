@@ -89,10 +89,12 @@ pub struct Tile {
     pub k: u32,
     /// Subgroups over the rows and columns (cooperative), or threads over them (scalar).
     pub grid: (u32, u32),
+    /// Floats behind each row of a subgroup's scratch (cooperative).
+    pub pad: u32,
 }
 
-const fn tile(m: u32, n: u32, k: u32, rows: u32, cols: u32) -> Tile {
-    Tile { m, n, k, grid: (rows, cols) }
+const fn tile(m: u32, n: u32, k: u32, rows: u32, cols: u32, pad: u32) -> Tile {
+    Tile { m, n, k, grid: (rows, cols), pad }
 }
 
 impl Tile {
@@ -102,26 +104,48 @@ impl Tile {
     }
 }
 
-/// Workgroups from which on the widest tile pays: three for each of an H200's 132 processors, which hold one at a time.
-const MANY_GROUPS: usize = 3 * 132;
+/// Processors of an H200, for which tiles are chosen and tall products are split (wgpu does not tell a device's).
+const PROCESSORS: usize = 132;
 
-/// The tile for a product of this shape with factors in f16 (or f32). Measured on an H200 (docs/measurements/linear-h200.md),
-/// edge 8 on nothing yet.
-pub fn choose(variant: Variant, f16: bool, m: usize, n: usize) -> Tile {
-    // Eight subgroups of 64 x 64 each: the best ratio of products to loads. It counts in f32, which loads twice the bytes of
-    // what it multiplies. 43 KB of workgroup memory.
-    const WIDE: Tile = tile(128, 256, 32, 2, 4);
+/// Eight subgroups of 64 x 64 each: the best ratio of products to loads. It counts in f32, which loads twice the bytes of what it
+/// multiplies. 39 to 43 KB of workgroup memory.
+const WIDE: Tile = tile(128, 256, 32, 2, 4, 8);
+/// Twice the depth a step: the barriers of a step cost as much as its products. 48 KB of workgroup memory.
+const DEEP: Tile = tile(128, 128, 64, 2, 4, 8);
+/// 24 KB of workgroup memory and at most 255 registers for each of 128 threads: two workgroups share a processor, and one multiplies
+/// while the other loads. For f32 the next tile would take 32 registers more.
+const PAIRED: Tile = tile(128, 128, 32, 2, 2, 0);
+
+/// What a round of as many workgroups as the device holds takes with [`PAIRED`], by what it takes with [`DEEP`]: twice the output in 1.8
+/// of the time.
+const PAIRED_ROUND: (usize, usize) = (9, 5);
+
+/// The tile for a product of this shape with factors in f16 (or f32); `tall`: K is split over workgroups until the device is full.
+/// Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
+pub fn choose(variant: Variant, f16: bool, m: usize, n: usize, tall: bool) -> Tile {
+    let rounds = |tile: Tile| tile.blocks(m, n).div_ceil(groups_at_a_time(variant, tile));
     match variant {
-        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 16, 16, 16),
-        Variant::Scalar => tile(64, 64, 16, 8, 8),
-        Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2),
-        // An eighth of its columns at most may lie beyond the matrix.
-        Variant::Coop { .. } if !f16 && WIDE.blocks(m, n) >= MANY_GROUPS && n.next_multiple_of(256) <= n + n / 8 => {
-            WIDE
+        Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 16, 16, 16, 0),
+        Variant::Scalar => tile(64, 64, 16, 8, 8, 0),
+        Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2, 8),
+        Variant::Coop { .. } if m.min(n) < 128 => tile(64, 64, 32, 1, 2, 8),
+        Variant::Coop { .. } if f16 => {
+            let pays = rounds(PAIRED) * PAIRED_ROUND.0 < rounds(DEEP) * PAIRED_ROUND.1;
+            if tall || pays { PAIRED } else { DEEP }
         }
-        // Twice the depth a step: the barriers of a step cost as much as its products. 48 KB of workgroup memory.
-        Variant::Coop { .. } if m.min(n) >= 128 => tile(128, 128, 64, 2, 4),
-        Variant::Coop { .. } => tile(64, 64, 32, 1, 2),
+        // An eighth of its columns at most may lie beyond the matrix.
+        Variant::Coop { .. } if WIDE.blocks(m, n) >= 3 * PROCESSORS && n.next_multiple_of(256) <= n + n / 8 => WIDE,
+        Variant::Coop { .. } => DEEP,
+    }
+}
+
+/// Workgroups of a product that run at a time: where it multiplies on matrices, as many as 48 KB of workgroup memory a processor hold;
+/// of the scalar kernel 512 threads a processor, whose 128 registers each are all it has.
+pub fn groups_at_a_time(variant: Variant, tile: Tile) -> usize {
+    match variant {
+        Variant::Coop { .. } if tile == PAIRED => 2 * PROCESSORS,
+        Variant::Coop { .. } => PROCESSORS,
+        Variant::Scalar => PROCESSORS * 512 / (tile.grid.0 * tile.grid.1) as usize,
     }
 }
 
@@ -139,7 +163,8 @@ fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
         _ => Access::Quads,
     };
     // Every outcome of `choose`.
-    let tiles: HashSet<Tile> = [(1, 1), (128, 128), (4096, 4096)].map(|(m, n)| choose(variant, f16, m, n)).into();
+    let sizes = [(1, false), (128, false), (128, true), (4096, false)];
+    let tiles: HashSet<Tile> = sizes.map(|(size, tall)| choose(variant, f16, size, size, tall)).into();
     for tile in tiles {
         for (access, ragged) in
             [(packs, Ragged::Nothing), (packs, Ragged::Output), (packs, Ragged::Sums), (Access::Singles, Ragged::Sums)]
@@ -218,8 +243,9 @@ fn make(spec: &Spec) -> Kernel {
              alias mat_a = coop_mat{edge}x{edge}<{matrix}, A>;\nalias mat_b = coop_mat{edge}x{edge}<{matrix}, B>;\n\
              alias mat_c = coop_mat{edge}x{edge}<f32, C>;\nconst EDGE: u32 = {edge}u;\n\
              const SUBGROUP_SIZE: u32 = {SUBGROUP_SIZE}u;\n\
-             const SUBGROUP_ROWS: u32 = {}u;\nconst SUBGROUP_COLS: u32 = {}u;\nconst A_SCALED: bool = {scaled};\n",
-            tile.grid.0, tile.grid.1
+             const SUBGROUP_ROWS: u32 = {}u;\nconst SUBGROUP_COLS: u32 = {}u;\nconst SCRATCH_PAD: u32 = {}u;\n\
+             const A_SCALED: bool = {scaled};\n",
+            tile.grid.0, tile.grid.1, tile.pad
         );
     } else {
         header += &format!("const THREAD_ROWS: u32 = {}u;\nconst THREAD_COLS: u32 = {}u;\n", tile.grid.0, tile.grid.1);
@@ -311,5 +337,15 @@ mod tests {
                 assert!(bytes <= limit, "{}: {bytes} bytes of workgroup memory", kernel.header());
             }
         }
+    }
+
+    /// Two workgroups of it fit into the 48 KB that a processor has for all.
+    #[test]
+    fn paired_workgroups_share_a_processor() {
+        let matrices = Variant::Coop { edge: 16, f16: true };
+        let paired = kernels_of(matrices, true).into_iter().filter(|kernel| kernel.workgroup().0 == 4 * SUBGROUP_SIZE);
+        let bytes: Vec<u32> =
+            paired.map(|kernel| kernel.workgroup_memory().unwrap_or_else(|error| panic!("{error}"))).collect();
+        assert!(!bytes.is_empty() && bytes.iter().all(|&bytes| bytes <= 24 << 10), "{bytes:?}");
     }
 }

@@ -3,7 +3,7 @@
 use gpt_wgpu::kernel::{Kernel, Variant, fold, supported};
 use gpt_wgpu::ops::dropout::Dropout;
 use gpt_wgpu::ops::linear::product::{Plan, sum_parts_kernel};
-use gpt_wgpu::ops::linear::tiles::{Epilogue, Layout};
+use gpt_wgpu::ops::linear::tiles::{Epilogue, Layout, choose};
 use gpt_wgpu::ops::linear::{BLOCK_ROWS, Gelu, column_sum_kernel, gelu_gradient_kernel};
 
 use super::{Buffer, Case, Elem, two_rows};
@@ -154,6 +154,7 @@ impl Ask {
         let dropout = if epilogue == DROP { DROPOUT } else { Dropout::OFF };
         let plan = Plan {
             variant,
+            tile: choose(variant, f16, m, n, k_split < k),
             layout,
             sizes: self.sizes,
             strides,

@@ -63,6 +63,8 @@ pub struct Work {
     pub flops: f64,
     /// Rows, columns and depth of a product.
     pub sizes: Option<[usize; 3]>,
+    /// What follows its sums; empty where nothing does.
+    pub epilogue: &'static str,
 }
 
 /// The random generator, which is written over a multiplication that devices have or have not.
@@ -109,9 +111,9 @@ impl Kernel {
             text.push('\n');
             if file == PHILOX {
                 text.push_str(if self.int64 {
-                    include_str!("../wgsl/multiply_high_u64.wgsl")
+                    include_str!("../wgsl/multiply_wide_u64.wgsl")
                 } else {
-                    include_str!("../wgsl/multiply_high_u32.wgsl")
+                    include_str!("../wgsl/multiply_wide_u32.wgsl")
                 });
                 text.push('\n');
             }

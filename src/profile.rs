@@ -71,7 +71,7 @@ pub fn of<T>(step_ms: f64, peaks: Option<(f64, f64)>, step: impl FnOnce() -> T) 
     let mut rows = BTreeMap::<String, Row>::new();
     for Launch { kernel, work, bytes, time } in launches {
         let name = match work.sizes {
-            Some([m, n, k]) => format!("{kernel} {m}x{n}x{k}"),
+            Some([m, n, k]) => format!("{kernel} {m}x{n}x{k} {}", work.epilogue).trim_end().to_string(),
             None => kernel.to_string(),
         };
         let ms = time.map_or(0.0, |time| {

@@ -1,15 +1,14 @@
 // GELU and its derivative, exact (with the error function) or GPT-2's tanh approximation. Expects GELU_TANH (bool).
 
-const GELU_SQRT_HALF: f32 = 0.70710678118654752;
 const GELU_DENSITY: f32 = 0.39894228040143268;    // 1 / sqrt(2 pi)
 const GELU_TANH_SCALE: f32 = 0.79788456080286536; // sqrt(2 / pi)
 const GELU_TANH_CUBIC: f32 = 0.044715;
 
-// The error function to 1.5e-7 (Abramowitz and Stegun, 7.1.26); exp_square is exp(-x * x).
-fn error_function(x: vec4<f32>, exp_square: vec4<f32>) -> vec4<f32> {
-    let t = 1.0 / (1.0 + 0.3275911 * abs(x));
-    let polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
-    return sign(x) * (1.0 - polynomial * exp_square);
+// The normal distribution's tail, the probability of more than u >= 0, to 1e-7: by the error function of Abramowitz and Stegun, 7.1.26.
+// exp_square is exp(-u * u / 2).
+fn normal_tail(u: vec4<f32>, exp_square: vec4<f32>) -> vec4<f32> {
+    let t = 1.0 / (1.0 + 0.23164189 * u);
+    return exp_square * t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))));
 }
 
 // tanh of sqrt(2/pi) (x + 0.044715 x^3), by an exponential that cannot overflow
@@ -23,7 +22,8 @@ fn gelu(x: vec4<f32>) -> vec4<f32> {
     if (GELU_TANH) {
         return 0.5 * x * (1.0 + gelu_tanh(x));
     }
-    return 0.5 * x * (1.0 + error_function(x * GELU_SQRT_HALF, exp(-0.5 * x * x)));
+    let u = abs(x);
+    return max(x, vec4<f32>()) - u * normal_tail(u, exp(-0.5 * x * x));
 }
 
 fn gelu_derivative(x: vec4<f32>) -> vec4<f32> {
@@ -33,5 +33,6 @@ fn gelu_derivative(x: vec4<f32>) -> vec4<f32> {
         return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope;
     }
     let exp_square = exp(-0.5 * x * x);
-    return 0.5 * (1.0 + error_function(x * GELU_SQRT_HALF, exp_square)) + x * GELU_DENSITY * exp_square;
+    let tail = normal_tail(abs(x), exp_square);
+    return select(tail, 1.0 - tail, x > vec4<f32>()) + x * GELU_DENSITY * exp_square;
 }

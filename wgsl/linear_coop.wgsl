@@ -16,6 +16,7 @@
 //     SUBGROUP_ROWS, SUBGROUP_COLS   subgroups of the workgroup over BLOCK_M and BLOCK_N, at least 2 in all
 //     BLOCK_M, BLOCK_N    1, 2 or 4 * EDGE a subgroup (rows: 3 too)
 //     BLOCK_K             1 to 4 * EDGE; at most 8 packs of A and of B a thread
+//     EXTRA_ROWS          rows of the subgroup's matrices that extra is loaded ahead: 0 or 1, before the sums
 //     SCRATCH_PAD         floats behind each row of a subgroup's scratch, against bank conflicts
 //     A_BY_K, B_BY_N      bool: A is stored (K, M), else (M, K); B is stored (N, K), else (K, N)
 //     RAGGED      bool: whether M or N is no multiple of BLOCK_M or BLOCK_N
@@ -42,6 +43,8 @@ const SCRATCH_COLS: u32 = SCRATCH_TILES * EDGE;
 const SCRATCH_STRIDE: u32 = SCRATCH_COLS + SCRATCH_PAD;
 const SUBGROUP_SCRATCH: u32 = EDGE * SCRATCH_STRIDE;
 const LANE_QUADS: u32 = EDGE * SCRATCH_COLS / 4u / SUBGROUP_SIZE;
+const ROW_QUADS: u32 = COL_TILES / SCRATCH_TILES * LANE_QUADS; // a lane's, of a row of matrices
+const HELD_ROWS: u32 = EXTRA_ROWS + 1u; // rows whose share of extra is held at a time
 
 // Indices that are constants even where a configuration has fewer
 const R1: u32 = min(1u, ROW_TILES - 1u);
@@ -65,7 +68,7 @@ var<private> step_a: u32; // what leads to the next tile
 var<private> step_b: u32;
 var<private> slot_a: u32; // where the thread's first packs stand in the tiles
 var<private> slot_b: u32;
-var<private> others: array<vec4<f32>, COL_TILES * EDGE * EDGE / 4u / SUBGROUP_SIZE>; // the lane's quads of extra, a row of tiles
+var<private> others: array<vec4<out_elem>, HELD_ROWS * ROW_QUADS>; // the lane's quads of extra
 var<private> tile_row: u32; // the subgroup's place in the block
 var<private> tile_col: u32;
 
@@ -206,16 +209,25 @@ fn multiply(k: u32) {
     if (COL_TILES > 3u) { multiply_column(C3, k); }
 }
 
-fn fetch_other(q: u32, i: u32, j: u32, place: Place, lane: u32) {
-    let quad = lane + q * SUBGROUP_SIZE;
-    let row = quad / (SCRATCH_COLS / 4u);
-    let col = quad % (SCRATCH_COLS / 4u) * 4u;
-    others[j * LANE_QUADS / SCRATCH_TILES + q] = fetch_extra(
-        place.out_row + tile_row + i * EDGE + row, place.first_col + tile_col + j * EDGE + col);
+fn place_of_other(q: u32, i: u32, j: u32) -> u32 {
+    return i % HELD_ROWS * ROW_QUADS + j / SCRATCH_TILES * LANE_QUADS + q;
 }
 
 fn fetch_others(i: u32, j: u32, place: Place, lane: u32) {
-    for (var q = 0u; q < LANE_QUADS; q++) { fetch_other(q, i, j, place, lane); }
+    for (var q = 0u; q < LANE_QUADS; q++) {
+        let quad = lane + q * SUBGROUP_SIZE;
+        let row = quad / (SCRATCH_COLS / 4u);
+        let col = quad % (SCRATCH_COLS / 4u) * 4u;
+        others[place_of_other(q, i, j)] = fetch_extra(
+            place.out_row + tile_row + i * EDGE + row, place.first_col + tile_col + j * EDGE + col);
+    }
+}
+
+fn fetch_row_of_others(i: u32, place: Place, lane: u32) {
+    fetch_others(i, 0u, place, lane);
+    if (COL_TILES > 1u && SCRATCH_TILES == 1u) { fetch_others(i, C1, place, lane); }
+    if (COL_TILES > 2u) { fetch_others(i, C2, place, lane); }
+    if (COL_TILES > 3u && SCRATCH_TILES == 1u) { fetch_others(i, C3, place, lane); }
 }
 
 // SCRATCH_TILES matrices side by side -> the epilogue
@@ -238,17 +250,14 @@ fn finish_tiles(i: u32, j: u32, place: Place, subgroup: u32, lane: u32) {
             place.first_col + tile_col + j * EDGE + col,
             place.split,
             vec4<f32>(scratch[at], scratch[at + 1u], scratch[at + 2u], scratch[at + 3u]),
-            others[j * LANE_QUADS / SCRATCH_TILES + q],
+            others[place_of_other(q, i, j)],
         );
     }
     workgroupBarrier();
 }
 
 fn finish_row_of_tiles(i: u32, place: Place, subgroup: u32, lane: u32) {
-    fetch_others(i, 0u, place, lane);
-    if (COL_TILES > 1u && SCRATCH_TILES == 1u) { fetch_others(i, C1, place, lane); }
-    if (COL_TILES > 2u) { fetch_others(i, C2, place, lane); }
-    if (COL_TILES > 3u && SCRATCH_TILES == 1u) { fetch_others(i, C3, place, lane); }
+    if (i + EXTRA_ROWS < ROW_TILES) { fetch_row_of_others(i + EXTRA_ROWS, place, lane); }
     finish_tiles(i, 0u, place, subgroup, lane);
     if (COL_TILES > 1u && SCRATCH_TILES == 1u) { finish_tiles(i, C1, place, subgroup, lane); }
     if (COL_TILES > 2u) { finish_tiles(i, C2, place, subgroup, lane); }
@@ -262,11 +271,15 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 ) {
     let place = place_of(group.y * groups.x + group.x);
+    if (place.out_row >= params.m) {
+        return;
+    }
     let subgroup = thread / SUBGROUP_SIZE;
     let lane = thread % SUBGROUP_SIZE;
     tile_row = subgroup / SUBGROUP_COLS * ROW_TILES * EDGE;
     tile_col = subgroup % SUBGROUP_COLS * COL_TILES * EDGE;
 
+    if (EXTRA_ROWS > 0u) { fetch_row_of_others(0u, place, lane); }
     begin(place, thread);
     // Behind the last tile the first is fetched again, rather than branch.
     let along_a = select(BLOCK_K, BLOCK_K * params.a_stride, A_BY_K) / UNIT;

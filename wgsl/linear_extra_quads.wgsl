@@ -5,8 +5,8 @@
 
 @group(0) @binding(EXTRA) var<storage, read_write> extra: array<vec4<out_elem>>;
 
-fn load_extra(index: u32, count: u32) -> vec4<f32> {
-    return vec4<f32>(extra[index / 4u]);
+fn load_extra(index: u32, count: u32) -> vec4<out_elem> {
+    return extra[index / 4u];
 }
 
 fn store_extra(index: u32, count: u32, value: vec4<f32>) {

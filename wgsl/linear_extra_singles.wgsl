@@ -6,10 +6,10 @@
 @group(0) @binding(EXTRA) var<storage, read_write> extra: array<out_elem>;
 
 // The `count` elements of the quad that belong to the row; zeros behind them.
-fn load_extra(index: u32, count: u32) -> vec4<f32> {
-    var value = vec4<f32>();
+fn load_extra(index: u32, count: u32) -> vec4<out_elem> {
+    var value = vec4<out_elem>();
     for (var i = 0u; i < count; i++) {
-        value[i] = f32(extra[index + i]);
+        value[i] = extra[index + i];
     }
     return value;
 }

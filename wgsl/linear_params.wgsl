@@ -54,7 +54,7 @@ fn place_of(index: u32) -> Place {
     let rows_in_group = min(GROUP_ROWS, block_rows - group * GROUP_ROWS);
     let rest = block - group * GROUP_ROWS * block_cols;
     if (index >= blocks * splits) {
-        return Place(0u, 0u, 0u, 0u, 0u, params.m); // the grid was folded: nothing to sum, nothing to write
+        return Place(0u, 0u, 0u, 0u, 0u, params.m); // the grid was folded: nothing to do
     }
     let first_k = split * params.k_split;
     let first_row = (group * GROUP_ROWS + rest % rows_in_group) * BLOCK_M;

@@ -5,16 +5,16 @@
 // linear_extra_quads or _singles, linear_bias or linear_no_bias.
 
 // What of extra belongs to a quad of out; zeros outside of it. Fetched ahead, since nothing else hides the time it takes.
-fn fetch_extra(row: u32, col: u32) -> vec4<f32> {
-    var value = vec4<f32>();
-    if (row < params.m && col < params.n) {
+fn fetch_extra(row: u32, col: u32) -> vec4<out_elem> {
+    var value = vec4<out_elem>();
+    if (!RAGGED || (row < params.m && col < params.n)) {
         value = load_extra(row * params.out_stride + col, min(4u, params.n - col));
     }
     return value;
 }
 
-fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>, other: vec4<f32>) {
-    if (row >= params.m || col >= params.n) {
+fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>, other: vec4<out_elem>) {
+    if (RAGGED && (row >= params.m || col >= params.n)) {
         return;
     }
     let count = min(4u, params.n - col);
@@ -25,5 +25,5 @@ fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>, other: vec4<f32>) {
             vec4<u32>(col / 4u, row, params.step, params.site), vec2<u32>(params.seed_lo, params.seed_hi));
         value = select(vec4<f32>(), value * params.keep_scale, words >= vec4<u32>(params.drop_threshold));
     }
-    store_out(index, count, other + value);
+    store_out(index, count, vec4<f32>(other) + value);
 }

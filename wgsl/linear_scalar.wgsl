@@ -238,6 +238,9 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 ) {
     let place = place_of(group.y * groups.x + group.x);
+    if (place.out_row >= params.m) {
+        return;
+    }
     let thread_row = thread / THREAD_COLS;
     let thread_col = thread % THREAD_COLS;
 

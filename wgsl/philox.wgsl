@@ -3,7 +3,7 @@
 //   00000000 x4; 00000000 x2                                            -> 5f6fb709 0d893f64 4f121f81 4f730a48
 //   ffffffff x4; ffffffff x2                                            -> 5207ddc2 45165e59 4d8ee751 8c52f662
 //   243f6a88 85a308d3 13198a2e 03707344; a4093822 299f31d0              -> 4dfccaba 190a87f0 c47362ba b6b5242a
-// Prepend multiply_high_u64.wgsl, or multiply_high_u32.wgsl where shaders have no 64-bit integers. It expects no constants and
+// Prepend multiply_wide_u64.wgsl, or multiply_wide_u32.wgsl where shaders have no 64-bit integers. It expects no constants and
 // binds nothing.
 
 const PHILOX_MULTIPLIER_0: u32 = 0xd2511f53u;
@@ -14,14 +14,10 @@ fn philox4x32(counter: vec4<u32>, key: vec2<u32>) -> vec4<u32> {
     var state = counter;
     var round_key = key;
     for (var round = 0u; round < 7u; round++) {
-        let high_0 = multiply_high(PHILOX_MULTIPLIER_0, state.x);
-        let high_1 = multiply_high(PHILOX_MULTIPLIER_1, state.z);
+        let product_0 = multiply_wide(PHILOX_MULTIPLIER_0, state.x);
+        let product_1 = multiply_wide(PHILOX_MULTIPLIER_1, state.z);
         state = vec4<u32>(
-            high_1 ^ state.y ^ round_key.x,
-            PHILOX_MULTIPLIER_1 * state.z,
-            high_0 ^ state.w ^ round_key.y,
-            PHILOX_MULTIPLIER_0 * state.x,
-        );
+            product_1.y ^ state.y ^ round_key.x, product_1.x, product_0.y ^ state.w ^ round_key.y, product_0.x);
         round_key += PHILOX_WEYL;
     }
     return state;

@@ -232,7 +232,11 @@ pub fn launch(
     // Two products of the lower triangle forward; backward makes five, of which dQ and dK/dV share S and dP.
     let products = if pass == Pass::Forward { 2.0 } else { 2.5 };
     let flops = products * (batch * width / 3) as f64 * (time as f64).powi(2);
-    kernel.with_work(Work { flops, sizes: None }).launch(fold(groups as u32), tensors, &params(qkv, n_head, dropout));
+    kernel.with_work(Work { flops, ..Work::default() }).launch(
+        fold(groups as u32),
+        tensors,
+        &params(qkv, n_head, dropout),
+    );
 }
 
 /// Queues delta = rowsum(dout · out) over [dout, out, delta].

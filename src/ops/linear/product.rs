@@ -185,7 +185,12 @@ impl Plan {
             scaled: self.is_scaled(),
             tile,
         };
-        let work = Work { flops: 2.0 * (m * n) as f64 * k as f64, sizes: Some(self.sizes) };
+        let epilogue = match self.epilogue {
+            Epilogue::Plain => "",
+            Epilogue::Gelu { .. } => "gelu",
+            Epilogue::Residual { .. } => "residual",
+        };
+        let work = Work { flops: 2.0 * (m * n) as f64 * k as f64, sizes: Some(self.sizes), epilogue };
         tiles::kernel(&spec).with_work(work)
     }
 

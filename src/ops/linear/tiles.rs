@@ -139,6 +139,12 @@ pub fn choose(variant: Variant, f16: bool, m: usize, n: usize, tall: bool) -> Ti
     }
 }
 
+/// Rows of a subgroup's matrices that the epilogue's second matrix is loaded ahead: where one workgroup fills a processor, nothing else
+/// hides the time it takes, and a thread of [`DEEP`] has the registers for it in f16.
+fn extra_rows(tile: Tile, f16: bool) -> u32 {
+    u32::from(f16 && tile == DEEP)
+}
+
 /// Workgroups of a product that run at a time: where it multiplies on matrices, as many as 48 KB of workgroup memory a processor hold;
 /// of the scalar kernel 512 threads a processor, whose 128 registers each are all it has.
 pub fn groups_at_a_time(variant: Variant, tile: Tile) -> usize {
@@ -244,8 +250,11 @@ fn make(spec: &Spec) -> Kernel {
              alias mat_c = coop_mat{edge}x{edge}<f32, C>;\nconst EDGE: u32 = {edge}u;\n\
              const SUBGROUP_SIZE: u32 = {SUBGROUP_SIZE}u;\n\
              const SUBGROUP_ROWS: u32 = {}u;\nconst SUBGROUP_COLS: u32 = {}u;\nconst SCRATCH_PAD: u32 = {}u;\n\
-             const A_SCALED: bool = {scaled};\n",
-            tile.grid.0, tile.grid.1, tile.pad
+             const EXTRA_ROWS: u32 = {}u;\nconst A_SCALED: bool = {scaled};\n",
+            tile.grid.0,
+            tile.grid.1,
+            tile.pad,
+            extra_rows(tile, spec.f16[2])
         );
     } else {
         header += &format!("const THREAD_ROWS: u32 = {}u;\nconst THREAD_COLS: u32 = {}u;\n", tile.grid.0, tile.grid.1);

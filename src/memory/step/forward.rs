@@ -1,0 +1,99 @@
+//! What the forward takes, and what of it is kept; the head with the loss, whose gradients are made on the way.
+
+use super::{Buffer, F32, Half, Kept, Replayer, Use};
+use crate::ops::cross_entropy::{chunk_rows, logits_stride};
+use crate::ops::linear::product::splits;
+use crate::recompute::Recompute;
+
+impl Replayer<'_> {
+    pub(super) fn block(&mut self, x: Buffer) -> (Buffer, Kept) {
+        let (middle, attention) = self.attention(x);
+        let attention = match self.shape.recompute {
+            Recompute::None => Ok(attention),
+            Recompute::AttentionMlp | Recompute::Block => Err(self.forget(attention)),
+        };
+        let (y, mlp) = self.mlp(middle);
+        let kept = match (attention, self.shape.recompute) {
+            (Ok(attention), _) => Kept::Everything(Box::new([attention, mlp])),
+            (Err(x), Recompute::Block) => {
+                let middle = self.forget(mlp);
+                self.give(middle);
+                Kept::Input(x)
+            }
+            (Err(x), _) => Kept::HalfInputs(x, self.forget(mlp)),
+        };
+        (y, kept)
+    }
+
+    /// Leaves the input of half a block.
+    fn forget(&mut self, half: Half) -> Buffer {
+        self.give(half.normed);
+        self.give_all(half.stats.into_iter().chain(half.inside));
+        half.x
+    }
+
+    pub(super) fn attention(&mut self, x: Buffer) -> (Buffer, Half) {
+        let normed = self.activation("x", 1);
+        let stats = self.stats();
+        let qkv = self.activation("qkv", 3);
+        if self.is_composed() {
+            self.scores(4);
+        }
+        let out = self.activation("x", 1);
+        let lse = self.take(Use::Activations, "the attention's row sums", self.row_values());
+        let y = self.activation("x", 1);
+        (y, Half { x, stats, normed, inside: vec![qkv, out, lse] })
+    }
+
+    pub(super) fn mlp(&mut self, x: Buffer) -> (Buffer, Half) {
+        let normed = self.activation("x", 1);
+        let stats = self.stats();
+        let inside = vec![self.activation("the MLP's hidden layer", 4), self.activation("the MLP's hidden layer", 4)];
+        let y = self.activation("x", 1);
+        (y, Half { x, stats, normed, inside })
+    }
+
+    /// `count` matrices (B, H, T, T) at once, which only composed attention makes.
+    pub(super) fn scores(&mut self, count: usize) {
+        let bytes = self.row_values() * self.shape.gpt.block_size as u64;
+        let matrices: Vec<Buffer> =
+            (0..count).map(|_| self.take(Use::Workspace, "attention's scores, T by T", bytes)).collect();
+        self.give_all(matrices);
+    }
+
+    /// dx and dw of the loss.
+    pub(super) fn head(&mut self) -> (Buffer, Buffer) {
+        let (rows, vocab, c) = (self.rows(), self.vocab(), self.channels());
+        let weight = self.shape.f16.then(|| self.take(Use::Workspace, "the head's weight in f16", 2 * vocab * c));
+        let dx = self.activation("x", 1);
+        let dw = self.take(Use::Gradients, "the embedding's gradient", vocab * c * F32);
+        let losses = self.take(Use::Workspace, "the losses", rows * F32);
+        let stride = logits_stride(vocab as usize, self.shape.f16) as u64;
+        let chunk = (chunk_rows(vocab as usize, self.shape.f16, self.is_composed(), self.shape.largest_buffer) as u64)
+            .min(rows);
+        let logits = self.take(Use::Workspace, "the logits of a chunk", chunk * stride * self.element());
+        for start in (0..rows).step_by(chunk as usize) {
+            let here = chunk.min(rows - start);
+            if self.is_composed() {
+                let steps = [(); 3].map(|()| self.take(Use::Workspace, "the logits of a chunk", here * stride * F32));
+                self.give_all(steps);
+            }
+            self.parts(here, c, vocab, false);
+            self.parts(vocab, c, here, start > 0);
+        }
+        self.give_all([logits, losses]);
+        self.give_all(weight);
+        (dx, dw)
+    }
+
+    /// The parts of a product (m, n) over k that is split, or added to what is there.
+    pub(super) fn parts(&mut self, m: u64, n: u64, k: u64, accumulate: bool) {
+        let count = match self.shape.variant {
+            Some(variant) => splits(variant, self.shape.f16, [m as usize, n as usize, k as usize]).0 as u64,
+            None => 1,
+        };
+        if count > 1 || accumulate {
+            self.touch("the parts of a split product", count * m * n * F32);
+        }
+    }
+}

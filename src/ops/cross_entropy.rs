@@ -23,7 +23,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use super::linear::elem;
 use super::linear::{product::Product, tiles::Layout};
 use super::{Optional, gradient_scale};
-use crate::cpu;
+use crate::cpu::{self, cross_entropy::Given};
 use crate::kernel::{self, Kernel, Variant, fold};
 
 /// A target that does not count, as in PyTorch's and nanoGPT's `ignore_index=-1`.
@@ -66,6 +66,12 @@ fn cpu_targets(x: &FloatTensor<Flex>, w: &FloatTensor<Flex>, targets: &IntTensor
     targets.clone().into_data().convert_dtype(DType::I64).try_into_vec().ok()
 }
 
+/// What the CPU's loops are given: tensors that are contiguous.
+fn given<'a>(x: &'a FloatTensor<Flex>, w: &'a FloatTensor<Flex>, targets: &'a [i64]) -> Given<'a> {
+    let [_, channels] = cpu::matrix(w);
+    Given { x: cpu::values(x), w: cpu::values(w), targets, channels }
+}
+
 impl CrossEntropyOps for Flex {
     fn cross_entropy(
         x: FloatTensor<Self>,
@@ -77,8 +83,7 @@ impl CrossEntropyOps for Flex {
             return composed::loss::<Self>(x, w, targets);
         };
         let (x, w) = (cpu::contiguous(x), cpu::contiguous(w));
-        let [_, channels] = cpu::matrix(&w);
-        let (loss, _) = cpu::cross_entropy::loss(cpu::values(&x), cpu::values(&w), &ids, channels, None);
+        let loss = cpu::cross_entropy::loss(given(&x, &w, &ids));
         cpu::tensor(vec![loss], Shape::new([1]))
     }
 
@@ -92,14 +97,9 @@ impl CrossEntropyOps for Flex {
             return composed::gradients::<Self>(x, w, targets, scale);
         };
         let (x, w) = (cpu::contiguous(x), cpu::contiguous(w));
-        let [_, channels] = cpu::matrix(&w);
         let scale = scale.map(|scale| cpu::values(&cpu::contiguous(scale))[0]).unwrap_or(1.0);
-        match cpu::cross_entropy::loss(cpu::values(&x), cpu::values(&w), &ids, channels, Some(scale)) {
-            (loss, Some([dx, dw])) => {
-                (cpu::tensor(vec![loss], Shape::new([1])), cpu::tensor(dx, x.shape()), cpu::tensor(dw, w.shape()))
-            }
-            (_, None) => composed::gradients::<Self>(x, w, targets, Optional::Absent), // a scale always has them made
-        }
+        let (loss, [dx, dw]) = cpu::cross_entropy::loss_and_gradients(given(&x, &w, &ids), scale);
+        (cpu::tensor(vec![loss], Shape::new([1])), cpu::tensor(dx, x.shape()), cpu::tensor(dw, w.shape()))
     }
 }
 

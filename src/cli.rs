@@ -17,7 +17,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use burn::tensor::Device;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use thiserror::Error;
@@ -25,6 +25,7 @@ use thiserror::Error;
 use crate::checkpoint;
 use crate::config::ConfigError;
 use crate::failure::{self, DeviceError};
+use crate::memory::plan::Plan;
 use crate::startup;
 
 #[derive(Parser)]
@@ -196,5 +197,13 @@ fn best_or_last(out_dir: &Path, name: Option<&str>) -> PathBuf {
             let best = checkpoint::path(out_dir, "best");
             if best.exists() { best } else { checkpoint::path(out_dir, "last") }
         }
+    }
+}
+
+/// Refuses what is too large before it begins.
+fn refuse_what_cannot_fit(plan: &Plan) -> Result<()> {
+    match plan.refusal() {
+        Some(refusal) => bail!(refusal),
+        None => Ok(()),
     }
 }

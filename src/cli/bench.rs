@@ -4,9 +4,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use clap::{ArgMatches, Args};
 
+use super::refuse_what_cannot_fit;
 use crate::bench::{self, Bench};
 use crate::config::{Config, QUICKSTART};
 use crate::corpus;
@@ -75,9 +76,7 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
     let _ = writeln!(stdout, "{precision}");
     let data = dataset(&config)?;
     let gpt = config.gpt(data.as_ref().map_or_else(|| vocabulary(&config), |data| Ok(data.vocab_size()))?);
-    if let Some(refusal) = Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), false).refusal() {
-        bail!(refusal);
-    }
+    refuse_what_cannot_fit(&Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), false))?;
     startup::part("data");
     let (report, profile) = bench::run(&Bench {
         config: &config,

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use burn::module::Module;
 use clap::{ArgMatches, Args, parser::ValueSource};
 
-use super::{Interrupted, explained, stop_flag};
+use super::{Interrupted, explained, refuse_what_cannot_fit, stop_flag};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, QUICKSTART};
 use crate::corpus;
@@ -90,7 +90,10 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     let data = Dataset::open(&dir, vocab_size, block_size)?;
     let gpt = known.unwrap_or_else(|| config.gpt(data.vocab_size()));
     adopt(&mut config, &gpt);
-    refuse_what_cannot_fit(&Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), known.is_some()), &config)?;
+    // An evaluation alone takes a fraction of what the plan is about.
+    if !config.train.eval_only {
+        refuse_what_cannot_fit(&Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), known.is_some()))?;
+    }
     write_config(&config)?;
     startup::part("data");
     say(format!(
@@ -310,7 +313,7 @@ fn dry_run(
     println!("number of parameters: {:.2}M", gpt.parameters() as f64 / 1e6);
     let plan = Plan::new(&config, &gpt, Budget::of(chosen, f16), known.is_some());
     println!("{plan}");
-    refuse_what_cannot_fit(&plan, &config)
+    if config.train.eval_only { Ok(()) } else { refuse_what_cannot_fit(&plan) }
 }
 
 /// The vocabulary that a dataset by this name has when it is prepared: one of characters for two of ours, else GPT-2's 50257
@@ -320,14 +323,6 @@ fn expected_vocab(dataset: &str) -> usize {
         Some(Source::ShakespeareChar) => 65,
         Some(Source::Builtin) => corpus::builtin().chars().collect::<BTreeSet<_>>().len(),
         _ => 50304,
-    }
-}
-
-/// Ends a run that is too large before it begins. An evaluation alone takes a fraction of what the plan is about.
-fn refuse_what_cannot_fit(plan: &Plan, config: &Config) -> Result<()> {
-    match plan.refusal() {
-        Some(refusal) if !config.train.eval_only => bail!(refusal),
-        _ => Ok(()),
     }
 }
 

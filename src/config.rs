@@ -17,6 +17,9 @@ use crate::ops::linear::Gelu;
 use crate::precision::Dtype;
 use crate::recompute::Recompute;
 
+pub use check::check_model;
+pub(crate) use check::{MOST_TOKENS, MOST_VOCABULARY};
+
 /// The configuration that bare `gpt-wgpu train` uses.
 pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
 
@@ -44,19 +47,19 @@ pub struct Config {
 #[command(next_help_heading = "Model")]
 pub struct ModelConfig {
     /// Number of blocks
-    #[arg(long, default_value_t = Self::default().n_layer)]
+    #[arg(long, default_value_t = Self::default().n_layer, value_parser = whole::<usize>)]
     pub n_layer: usize,
     /// Attention heads in a block; divides n_embd
-    #[arg(long, default_value_t = Self::default().n_head)]
+    #[arg(long, default_value_t = Self::default().n_head, value_parser = whole::<usize>)]
     pub n_head: usize,
     /// Channels
-    #[arg(long, default_value_t = Self::default().n_embd)]
+    #[arg(long, default_value_t = Self::default().n_embd, value_parser = whole::<usize>)]
     pub n_embd: usize,
     /// Longest context, in tokens
-    #[arg(long, default_value_t = Self::default().block_size)]
+    #[arg(long, default_value_t = Self::default().block_size, value_parser = whole::<usize>)]
     pub block_size: usize,
     /// Tokens in the vocabulary; 0 takes the dataset's, or 50304 where it names none
-    #[arg(long, default_value_t = Self::default().vocab_size)]
+    #[arg(long, default_value_t = Self::default().vocab_size, value_parser = whole::<usize>)]
     pub vocab_size: usize,
     /// Chance that an element is dropped, in [0, 1): embeddings, attention, both residual branches
     #[arg(long, default_value_t = Self::default().dropout)]
@@ -96,10 +99,10 @@ pub struct DataConfig {
     #[arg(long, default_value = "data")]
     pub data_dir: PathBuf,
     /// Sequences in a micro-batch
-    #[arg(long, default_value_t = Self::default().batch_size)]
+    #[arg(long, default_value_t = Self::default().batch_size, value_parser = whole::<usize>)]
     pub batch_size: usize,
     /// Micro-batches summed before each update
-    #[arg(long, default_value_t = Self::default().gradient_accumulation_steps)]
+    #[arg(long, default_value_t = Self::default().gradient_accumulation_steps, value_parser = whole::<usize>)]
     pub gradient_accumulation_steps: usize,
 }
 
@@ -129,10 +132,10 @@ pub struct OptimConfig {
     #[arg(long, default_value_t = Self::default().decay_lr, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
     pub decay_lr: bool,
     /// Iterations of linear warmup
-    #[arg(long, default_value_t = Self::default().warmup_iters)]
+    #[arg(long, default_value_t = Self::default().warmup_iters, value_parser = whole::<u64>)]
     pub warmup_iters: u64,
     /// Iteration at which the decay ends
-    #[arg(long, default_value_t = Self::default().lr_decay_iters)]
+    #[arg(long, default_value_t = Self::default().lr_decay_iters, value_parser = whole::<u64>)]
     pub lr_decay_iters: u64,
     /// Learning rate after the decay
     #[arg(long, default_value_t = Self::default().min_lr)]
@@ -195,19 +198,19 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = Self::default().init_from)]
     pub init_from: String,
     /// Seed of weights, batches and dropout
-    #[arg(long, default_value_t = Self::default().seed)]
+    #[arg(long, default_value_t = Self::default().seed, value_parser = whole::<u64>)]
     pub seed: u64,
     /// Last iteration, counted from 0
-    #[arg(long, default_value_t = Self::default().max_iters)]
+    #[arg(long, default_value_t = Self::default().max_iters, value_parser = whole::<u64>)]
     pub max_iters: u64,
     /// Iterations between evaluations
-    #[arg(long, default_value_t = Self::default().eval_interval)]
+    #[arg(long, default_value_t = Self::default().eval_interval, value_parser = whole::<u64>)]
     pub eval_interval: u64,
     /// Random batches in an evaluation, of train and of val each
-    #[arg(long, default_value_t = Self::default().eval_iters)]
+    #[arg(long, default_value_t = Self::default().eval_iters, value_parser = whole::<usize>)]
     pub eval_iters: usize,
     /// Iterations between log lines; only these wait for the device
-    #[arg(long, default_value_t = Self::default().log_interval)]
+    #[arg(long, default_value_t = Self::default().log_interval, value_parser = whole::<u64>)]
     pub log_interval: u64,
     /// Evaluate once and stop
     #[arg(long, default_value_t = Self::default().eval_only, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
@@ -216,7 +219,7 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = Self::default().always_save_checkpoint, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
     pub always_save_checkpoint: bool,
     /// Tokens of the sample that is printed at the end; 0 prints none
-    #[arg(long, default_value_t = Self::default().sample_tokens)]
+    #[arg(long, default_value_t = Self::default().sample_tokens, value_parser = whole::<usize>)]
     pub sample_tokens: usize,
 }
 
@@ -245,12 +248,12 @@ impl Default for TrainConfig {
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// The file could not be read.
-    #[error("cannot read the configuration {path}: {source}")]
+    #[error("cannot read the configuration {path}: {error}")]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The file is not this schema.
     #[error("{place}: {message}")]
@@ -279,6 +282,12 @@ fn parse_bool(text: &str) -> Result<bool, String> {
         "false" | "False" | "0" => Ok(false),
         _ => Err("expected true or false".into()),
     }
+}
+
+/// clap's parser of a whole number: what TOML, in which the configuration is kept, has room for.
+fn whole<N: TryFrom<i64>>(text: &str) -> Result<N, String> {
+    let number = text.parse::<i64>().ok().and_then(|number| N::try_from(number).ok());
+    number.ok_or_else(|| format!("expected a whole number, 0 to {}", i64::MAX))
 }
 
 impl Config {

@@ -14,7 +14,7 @@ impl Config {
 
     /// Reads a configuration file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.into(), error })?;
         Self::parse(&text, &path.display().to_string())
     }
 
@@ -85,12 +85,18 @@ impl Help {
 
 /// Turns toml's error into one line: file, line, what is wrong, the nearest valid key.
 fn schema_error(error: &toml::de::Error, text: &str, name: &str) -> ConfigError {
-    let line = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+    let line = error.span().map_or(1, |span| text.bytes().take(span.start).filter(|&byte| byte == b'\n').count() + 1);
     let mut message = error.message().replace('\n', " ");
     let mut quoted = message.split('`').skip(1).step_by(2).map(str::to_string);
     if message.starts_with("unknown field")
         && let Some(key) = quoted.next()
     {
+        if let Some(table) = table_of(&key) {
+            return ConfigError::Schema {
+                place: format!("{name}:{line}"),
+                message: format!("unknown key `{key}`: its place is the table [{table}]"),
+            };
+        }
         let nearest = quoted.max_by(|a, b| strsim::jaro_winkler(a, &key).total_cmp(&strsim::jaro_winkler(b, &key)));
         message = match nearest {
             Some(nearest) => format!("unknown key `{key}`; the nearest valid key is `{nearest}`"),
@@ -98,4 +104,11 @@ fn schema_error(error: &toml::de::Error, text: &str, name: &str) -> ConfigError 
         };
     }
     ConfigError::Schema { place: format!("{name}:{line}"), message }
+}
+
+/// The table that has `key`.
+fn table_of(key: &str) -> Option<String> {
+    let tables = toml::Table::try_from(Config::default()).unwrap_or_default();
+    let has_key = |keys: &toml::Value| keys.as_table().is_some_and(|keys| keys.contains_key(key));
+    tables.into_iter().find(|(_, keys)| has_key(keys)).map(|(table, _)| table)
 }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{Tokenizer, TokenizerKind};
+use crate::config::MOST_VOCABULARY;
 
 /// `meta.json`: what made a dataset's tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,6 +61,9 @@ impl Meta {
         let ids = Tokenizer::from_meta(self)?.vocab_size();
         if self.vocab_size < ids {
             bail!("vocab_size is {}, yet its tokenizer has {ids} ids", self.vocab_size);
+        }
+        if self.vocab_size > MOST_VOCABULARY {
+            bail!("vocab_size is {}, and no vocabulary has more than {MOST_VOCABULARY} ids", self.vocab_size);
         }
         Ok(())
     }

@@ -1,13 +1,16 @@
 //! The allocations of training steps in the order in which the model makes them, replayed over a model of the pool.
 //!
-//! This file, forward.rs and backward.rs follow model.rs, ops/ and optim.rs: what an operation takes, what its node keeps for the backward, what it gives
-//! back and when. tests/memory.rs holds the outcome against what a device reports, so that the two cannot drift apart unseen.
+//! This file, step/forward.rs and step/backward.rs follow model.rs, ops/, cpu/ and optim.rs: what an operation takes, what its node
+//! keeps for the backward, what it gives back and when. tests/memory.rs holds the outcome against what a device reports, and
+//! tests/memory_cpu.rs against the allocator, so that the two cannot drift apart unseen.
 
 mod backward;
 mod forward;
 
-use super::Shape;
 use super::pool::{Place, Pool};
+use super::{Engine, Shape};
+use crate::cpu::attention::BLOCK as QUERIES;
+use crate::parameters;
 
 /// What memory is for, in the order of a [`Breakdown`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +28,11 @@ pub(super) type Breakdown = [u64; 5];
 /// Bytes of an f32.
 const F32: u64 = 4;
 
+/// Terms of a sum that the CPU's products pack at a time, and columns from which on they pack a factor that is turned. Processors
+/// differ in both: these are such that no less is counted than is taken.
+const PACKED: u64 = 512;
+const PACKED_FROM: u64 = 48;
+
 /// Steps that are replayed: the first makes the moments, from the third on nothing new happens.
 const STEPS: usize = 3;
 
@@ -40,7 +48,8 @@ pub(super) struct Replay {
 
 /// A tensor that is alive.
 struct Buffer {
-    place: Place,
+    /// In the pool, where there is one.
+    place: Option<Place>,
     purpose: Use,
     bytes: u64,
 }
@@ -56,7 +65,7 @@ struct Half {
     inside: Vec<Buffer>,
 }
 
-/// What a block keeps, by the shape's [`Recompute`].
+/// What a block keeps, by the shape's [`Recompute`](crate::recompute::Recompute).
 enum Kept {
     /// All of both halves, attention's first.
     Everything(Box<[Half; 2]>),
@@ -78,21 +87,32 @@ pub(super) struct Replayer<'a> {
 
 /// Replays a few steps of `shape`.
 pub(super) fn replay(shape: &Shape) -> Replay {
-    let mut replayer = Replayer {
-        shape,
-        pool: Pool::new(shape.largest_buffer),
-        alive: Breakdown::default(),
-        seen: Replay { peak: Breakdown::default(), reserved: 0, largest: (0, "") },
-        gradients: Vec::new(),
-        sums: false,
-    };
+    let mut replayer = Replayer::new(shape);
     replayer.run();
     replayer.seen
 }
 
-impl Replayer<'_> {
+/// Replays the loss of one batch, of which nothing is kept.
+pub(super) fn replay_evaluation(shape: &Shape) -> Replay {
+    let mut replayer = Replayer::new(shape);
+    replayer.evaluate();
+    replayer.seen
+}
+
+impl<'a> Replayer<'a> {
+    fn new(shape: &'a Shape) -> Self {
+        Self {
+            shape,
+            pool: Pool::new(shape.largest_buffer),
+            alive: Breakdown::default(),
+            seen: Replay { peak: Breakdown::default(), reserved: 0, largest: (0, "") },
+            gradients: Vec::new(),
+            sums: false,
+        }
+    }
+
     fn take(&mut self, purpose: Use, name: &'static str, bytes: u64) -> Buffer {
-        let place = self.pool.alloc(bytes);
+        let place = self.shape.pooled.then(|| self.pool.alloc(bytes));
         self.alive[purpose as usize] += bytes;
         let seen = &mut self.seen;
         if self.alive.iter().sum::<u64>() > seen.peak.iter().sum() {
@@ -107,7 +127,9 @@ impl Replayer<'_> {
 
     fn give(&mut self, buffer: Buffer) {
         self.alive[buffer.purpose as usize] -= buffer.bytes;
-        self.pool.free(buffer.place);
+        if let Some(place) = buffer.place {
+            self.pool.free(place);
+        }
     }
 
     fn give_all(&mut self, buffers: impl IntoIterator<Item = Buffer>) {
@@ -158,7 +180,24 @@ impl Replayer<'_> {
     }
 
     fn is_composed(&self) -> bool {
-        self.shape.variant.is_none()
+        self.shape.engine == Engine::Composed
+    }
+
+    /// The threads of the CPU's loops, where they run.
+    fn loops(&self) -> Option<u64> {
+        match self.shape.engine {
+            Engine::Loops(threads) => Some(threads as u64),
+            _ => None,
+        }
+    }
+
+    /// The scores of one block of queries, `count` times, that each of the loops' threads has at a time.
+    fn blocks_of_scores(&mut self, count: u64) {
+        if let Some(threads) = self.loops() {
+            let (time, heads) = (self.shape.gpt.block_size as u64, self.shape.gpt.n_head as u64);
+            let at_once = threads.min(self.shape.batch_size as u64 * heads);
+            self.touch("the scores of a block of queries", at_once * count * time.min(QUERIES as u64) * time * F32);
+        }
     }
 
     fn run(&mut self) {
@@ -194,28 +233,33 @@ impl Replayer<'_> {
         self.give_all(parameters.into_iter().chain(moments));
     }
 
+    fn evaluate(&mut self) {
+        let sizes = self.parameters();
+        let parameters: Vec<Buffer> = sizes.iter().map(|&size| self.take(Use::Parameters, "a weight", size)).collect();
+        let rounded = self.rounded_weights();
+        let tokens = [(); 2].map(|()| self.take(Use::Activations, "the tokens", self.rows() * F32));
+        let mut x = self.activation("x", 1);
+        for _ in 0..self.shape.gpt.n_layer {
+            let (middle, attention) = self.attention(x);
+            let (y, mlp) = {
+                let x = self.forget(attention);
+                self.give(x);
+                self.mlp(middle)
+            };
+            let middle = self.forget(mlp);
+            self.give(middle);
+            x = y;
+        }
+        let normed = self.activation("x", 1);
+        let stats = self.stats();
+        self.loss(false);
+        self.give_all(parameters.into_iter().chain(rounded).chain(tokens).chain(stats).chain([x, normed]));
+    }
+
     /// Bytes of every parameter, in the model's order.
     fn parameters(&self) -> Vec<u64> {
-        let (gpt, c) = (&self.shape.gpt, self.channels());
-        let norm = |sizes: &mut Vec<u64>| {
-            sizes.push(c);
-            sizes.extend(gpt.bias.then_some(c));
-        };
-        let linear = |sizes: &mut Vec<u64>, outputs: u64, inputs: u64| {
-            sizes.push(outputs * inputs);
-            sizes.extend(gpt.bias.then_some(outputs));
-        };
-        let mut sizes = vec![self.vocab() * c, gpt.block_size as u64 * c];
-        for _ in 0..gpt.n_layer {
-            norm(&mut sizes);
-            linear(&mut sizes, 3 * c, c);
-            linear(&mut sizes, c, c);
-            norm(&mut sizes);
-            linear(&mut sizes, 4 * c, c);
-            linear(&mut sizes, c, 4 * c);
-        }
-        norm(&mut sizes);
-        sizes.iter().map(|elements| elements * F32).collect()
+        let elements = |shape: Vec<usize>| shape.into_iter().map(|size| size as u64).product::<u64>();
+        parameters::shapes(&self.shape.gpt).into_iter().map(|(_, shape)| elements(shape) * F32).collect()
     }
 
     /// The weights of the blocks' products in f16, where activations are.

@@ -1,6 +1,7 @@
 //! What the backward takes, and when what was kept goes.
 
 use super::{Buffer, F32, Half, Kept, Replayer, Use};
+use crate::cpu;
 use crate::ops::layer_norm::BACKWARD_GROUPS;
 use crate::ops::linear::BLOCK_ROWS;
 
@@ -8,7 +9,8 @@ impl Replayer<'_> {
     /// dw (and db) of a linear layer.
     fn weight_gradient(&mut self, outputs: u64, inputs: u64) {
         if self.shape.gpt.bias {
-            let parts = self.rows().div_ceil(BLOCK_ROWS as u64) * outputs * F32;
+            let block = if self.loops().is_some() { cpu::BLOCK_ROWS } else { BLOCK_ROWS };
+            let parts = self.rows().div_ceil(block as u64) * outputs * F32;
             let parts = self.take(Use::Workspace, "the parts of a bias's gradient", parts);
             let db = self.take(Use::Gradients, "a bias's gradient", outputs * F32);
             self.give(parts);
@@ -17,16 +19,18 @@ impl Replayer<'_> {
         let dw = self.take(Use::Gradients, "a weight's gradient", outputs * inputs * F32);
         self.gradients.push(dw);
         self.parts(outputs, inputs, self.rows(), false);
+        self.pack(outputs, inputs, self.rows());
     }
 
     /// dy -> dx of a norm.
     pub(super) fn norm_backward(&mut self, dy: Buffer, x: Buffer, stats: [Buffer; 2]) -> Buffer {
         let dx = self.cotangent("x", 1);
         let weights = [(); 2].map(|()| self.take(Use::Gradients, "a norm's gradient", self.channels() * F32));
-        self.touch(
-            "the parts of a norm's gradient",
-            (BACKWARD_GROUPS as u64).min(self.rows()) * 2 * self.channels() * F32,
-        );
+        let parts = match self.loops() {
+            Some(_) => self.rows().div_ceil(cpu::BLOCK_ROWS as u64),
+            None => (BACKWARD_GROUPS as u64).min(self.rows()),
+        };
+        self.touch("the parts of a norm's gradient", parts * 2 * self.channels() * F32);
         self.give_all(stats.into_iter().chain([dy, x]));
         let [dw, db] = weights;
         self.gradients.push(dw);
@@ -106,19 +110,30 @@ impl Replayer<'_> {
             let steps = [(); 4].map(|()| self.cotangent("the MLP's hidden layer", 4));
             self.give_all(steps);
         }
-        let dh = self.cotangent("the MLP's hidden layer", 4);
-        self.give_all(h.into_iter().chain([dhidden]));
+        let dh = match self.loops() {
+            Some(_) => dhidden, // in its place
+            None => {
+                let dh = self.cotangent("the MLP's hidden layer", 4);
+                self.give(dhidden);
+                dh
+            }
+        };
+        self.give_all(h);
         self.input_backward(dy, dh, 4, (half.x, half.stats, half.normed))
     }
 
     fn attention_backward(&mut self, dy: Buffer, half: Half) -> Buffer {
         let dout = self.residual_backward(1, None); // attention keeps its output itself
-        let delta = self.take(Use::Workspace, "the attention's row sums", self.row_values());
+        let delta = match self.loops() {
+            Some(_) => None, // a row's is one number
+            None => Some(self.take(Use::Workspace, "the attention's row sums", self.row_values())),
+        };
         if self.is_composed() {
             self.scores(6);
         }
         let dqkv = self.cotangent("qkv", 3);
-        self.give_all(half.inside.into_iter().chain([dout, delta]));
+        self.blocks_of_scores(if self.shape.dropout { 3 } else { 2 });
+        self.give_all(half.inside.into_iter().chain([dout]).chain(delta));
         self.input_backward(dy, dqkv, 3, (half.x, half.stats, half.normed))
     }
 
@@ -127,9 +142,11 @@ impl Replayer<'_> {
         let (rows, c) = (self.rows(), self.channels());
         let dwte = self.take(Use::Gradients, "the embedding's gradient", self.vocab() * c * F32);
         let dwpe = self.take(Use::Gradients, "the positions' gradient", self.shape.gpt.block_size as u64 * c * F32);
-        let sizes = [rows.next_multiple_of(1024), rows, self.vocab() + 1];
-        let order = sizes.map(|elements| self.take(Use::Workspace, "the order of the tokens", elements * F32));
-        self.give_all(order);
+        if self.loops().is_none() {
+            let sizes = [rows.next_multiple_of(1024), rows, self.vocab() + 1];
+            let order = sizes.map(|elements| self.take(Use::Workspace, "the order of the tokens", elements * F32));
+            self.give_all(order);
+        }
         self.give_all([dy, head]);
         self.gradients.extend([dwte, dwpe]);
     }

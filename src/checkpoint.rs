@@ -15,16 +15,16 @@ mod write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{Config, check_model};
 use crate::failure;
 use crate::model::GptConfig;
 
 pub use load::{hf_model_config, load_model};
-pub use write::save;
+pub use write::{make_room, save};
 
 /// The version of `state.json`'s schema.
 pub const VERSION: u32 = 1;
@@ -70,6 +70,17 @@ pub fn path(out_dir: &Path, name: &str) -> PathBuf {
     out_dir.join("checkpoints").join(name)
 }
 
+/// Whether there is a checkpoint in `dir`, or was before a kill fell into its replacement: then [`open`] brings it back.
+pub fn exists(dir: &Path) -> bool {
+    dir.exists() || old(dir).exists()
+}
+
+/// Where the previous checkpoint stands while the new one takes its place.
+fn old(dir: &Path) -> PathBuf {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    dir.with_file_name(format!(".{name}.old"))
+}
+
 /// Opens a checkpoint and checks that its parts are there.
 ///
 /// # Errors
@@ -88,13 +99,13 @@ pub fn open(dir: &Path) -> Result<Checkpoint> {
         path.display(),
         state.version
     );
+    check_model(&state.model).map_err(|error| anyhow!("{} is damaged: {error}", path.display()))?;
     Ok(Checkpoint { dir: dir.into(), state })
 }
 
 /// Brings back the previous checkpoint where a kill fell between the two renames of [`save`].
 fn recover(dir: &Path) -> Result<()> {
-    let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    let old = dir.with_file_name(format!(".{name}.old"));
+    let old = old(dir);
     if !dir.exists() && old.exists() {
         fs::rename(&old, dir).with_context(|| format!("cannot restore {}", dir.display()))?;
     }

@@ -1,13 +1,15 @@
 //! Reading weights and moments.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use super::{Checkpoint, HF_CONFIG, MEMORY, MODEL, OPTIMIZER, stored_transposed, transpose};
+use crate::config::check_model;
 use crate::model::{Gpt, GptConfig};
 use crate::ops::linear::Gelu;
 use crate::ops::verdict;
@@ -45,9 +47,10 @@ impl Checkpoint {
 /// A model whose weights come from a safetensors file with GPT-2's names, on `device`.
 ///
 /// # Errors
-/// When the file is damaged, or a tensor is missing or of another shape than `config` says.
+/// When the file is damaged, or a tensor is missing, of another shape than `config` says, or has no place in such a model.
 pub fn load_model(path: &Path, config: &GptConfig, device: &Device) -> Result<Gpt> {
     with_tensors(path, |file| {
+        check_tensors(file, path, config)?;
         let mut load = LoadModel { file, path, device, error: None };
         let model = parameters::map(Gpt::init(config, 0, device), &mut load);
         match load.error {
@@ -69,7 +72,7 @@ pub fn hf_model_config(dir: &Path) -> Result<GptConfig> {
             .map(|n| n as usize)
             .ok_or_else(|| anyhow!("{}: {key} is missing; is this a GPT-2?", path.display()))
     };
-    Ok(GptConfig {
+    let gpt = GptConfig {
         n_layer: number("n_layer")?,
         n_head: number("n_head")?,
         n_embd: number("n_embd")?,
@@ -80,7 +83,9 @@ pub fn hf_model_config(dir: &Path) -> Result<GptConfig> {
             Some("gelu") => Gelu::Erf,
             _ => Gelu::Tanh, // GPT-2's own, gelu_new
         },
-    })
+    };
+    check_model(&gpt).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    Ok(gpt)
 }
 
 fn with_tensors<T>(path: &Path, use_file: impl FnOnce(&SafeTensors) -> Result<T>) -> Result<T> {
@@ -92,16 +97,51 @@ fn with_tensors<T>(path: &Path, use_file: impl FnOnce(&SafeTensors) -> Result<T>
     use_file(&tensors)
 }
 
-/// Values of one f32 tensor, checked against the shape that the model wants.
-fn tensor_of(file: &SafeTensors, path: &Path, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+/// Refuses a file whose weights are not those of such a model, before memory is asked for: fewer would be made up, more left out.
+fn check_tensors(file: &SafeTensors, path: &Path, config: &GptConfig) -> Result<()> {
+    let mut own = HashSet::new();
+    for (name, mut shape) in parameters::shapes(config) {
+        if stored_transposed(&name) {
+            shape.reverse();
+        }
+        view_of(file, path, &name, &shape)?;
+        own.insert(name);
+    }
+    for stored in file.names() {
+        let name = stored.strip_prefix(HF_PREFIX).unwrap_or(stored);
+        // Masks that some versions of Hugging Face's GPT-2 save
+        let is_mask = [".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
+        let is_weight = ["wte.", "wpe.", "h.", "ln_f."].iter().any(|start| name.starts_with(start)) && !is_mask;
+        ensure!(
+            !is_weight || own.contains(name),
+            "{}: tensor {stored} has no place in a model with n_layer = {} and bias = {}",
+            path.display(),
+            config.n_layer,
+            config.bias
+        );
+    }
+    Ok(())
+}
+
+/// What GPT2LMHeadModel puts in front of GPT-2's names.
+const HF_PREFIX: &str = "transformer.";
+
+/// One f32 tensor, checked against the shape that the model wants.
+fn view_of<'a>(file: &SafeTensors<'a>, path: &Path, name: &str, shape: &[usize]) -> Result<TensorView<'a>> {
     let view = file
         .tensor(name)
-        .or_else(|_| file.tensor(&format!("transformer.{name}"))) // as GPT2LMHeadModel saves it
+        .or_else(|_| file.tensor(&format!("{HF_PREFIX}{name}")))
         .map_err(|_| anyhow!("{}: tensor {name} is missing", path.display()))?;
     if view.shape() != shape {
         bail!("{}: tensor {name} has shape {:?}, the model needs {shape:?}", path.display(), view.shape());
     }
     ensure!(view.dtype() == Dtype::F32, "{}: tensor {name} is {:?}; only F32 is read", path.display(), view.dtype());
+    Ok(view)
+}
+
+/// The values of [`view_of`].
+fn tensor_of(file: &SafeTensors, path: &Path, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+    let view = view_of(file, path, name, shape)?;
     Ok(view.data().chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])).collect())
 }
 

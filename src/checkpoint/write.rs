@@ -5,15 +5,38 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use burn::tensor::Tensor;
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::{HF_CONFIG, MEMORY, META, MODEL, OPTIMIZER, STATE, State, read, recover, stored_transposed, transpose};
+use super::{
+    HF_CONFIG, MEMORY, META, MODEL, OPTIMIZER, STATE, State, old, path, read, recover, stored_transposed, transpose,
+};
 use crate::model::{Gpt, GptConfig};
 use crate::ops::linear::Gelu;
 use crate::optim::{Moments, Optimizer};
 use crate::parameters;
+
+/// Makes the folder of a run's checkpoints, and sees that one could be written there: not when hours of work are to be saved.
+///
+/// # Errors
+/// When it cannot: what stands in the way.
+pub fn make_room(out_dir: &Path) -> Result<()> {
+    for name in ["last", "best"] {
+        let dir = path(out_dir, name);
+        for place in [&dir, &old(&dir)] {
+            ensure!(
+                place.is_dir() || !place.exists(),
+                "{} is a file, where checkpoints go; move it away",
+                place.display()
+            );
+        }
+    }
+    let trial = path(out_dir, ".trial.tmp");
+    fs::create_dir_all(&trial)
+        .with_context(|| format!("out_dir {}: no checkpoint could be saved in checkpoints/", out_dir.display()))?;
+    discard(&trial)
+}
 
 /// Writes a checkpoint so that a kill at any moment leaves the old or the new one whole: a temporary folder, fsync, rename.
 ///
@@ -24,7 +47,7 @@ pub fn save(dir: &Path, state: &State, model: &Gpt, optimizer: &Optimizer, token
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
     let temporary = parent.join(format!(".{name}.tmp"));
-    let old = parent.join(format!(".{name}.old"));
+    let old = old(dir);
     recover(dir)?;
     discard(&temporary)?;
     fs::create_dir(&temporary).with_context(|| format!("cannot create {}", temporary.display()))?;
@@ -48,7 +71,8 @@ pub fn save(dir: &Path, state: &State, model: &Gpt, optimizer: &Optimizer, token
 }
 
 fn discard(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
+    let removed = if dir.is_file() { fs::remove_file(dir) } else { fs::remove_dir_all(dir) };
+    match removed {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", dir.display()))
         }

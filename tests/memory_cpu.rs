@@ -1,7 +1,5 @@
 //! The estimate of a run's memory on the CPU against what its steps take from the allocator, which this program counts.
 
-mod common;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -7,6 +7,8 @@
 mod backward;
 mod forward;
 
+use std::collections::HashMap;
+
 use super::pool::{Place, Pool};
 use super::{Engine, Shape};
 use crate::cpu::attention::BLOCK as QUERIES;
@@ -81,6 +83,8 @@ pub(super) struct Replayer<'a> {
     alive: Breakdown,
     seen: Replay,
     gradients: Vec<Buffer>,
+    /// Into how many parts a product is split, by its sizes: blocks are alike, and the choice looks at many.
+    splits: HashMap<[u64; 3], u64>,
     /// Whether gradients of an earlier micro-batch are there to add to.
     sums: bool,
 }
@@ -107,6 +111,7 @@ impl<'a> Replayer<'a> {
             alive: Breakdown::default(),
             seen: Replay { peak: Breakdown::default(), reserved: 0, largest: (0, "") },
             gradients: Vec::new(),
+            splits: HashMap::new(),
             sums: false,
         }
     }

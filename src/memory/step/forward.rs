@@ -110,7 +110,10 @@ impl Replayer<'_> {
     /// The parts of a product (m, n) over k that is split, or added to what is there.
     pub(super) fn parts(&mut self, m: u64, n: u64, k: u64, accumulate: bool) {
         let count = match self.shape.engine {
-            Engine::Kernels(variant) => splits(variant, self.shape.f16, [m as usize, n as usize, k as usize]).0 as u64,
+            Engine::Kernels(variant) => *self.splits.entry([m, n, k]).or_insert_with(|| {
+                let sizes = [m, n, k].map(|size| size as usize);
+                splits(variant, self.shape.f16, sizes).0 as u64
+            }),
             Engine::Composed => 1,
             Engine::Loops(_) => return,
         };

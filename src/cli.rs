@@ -17,15 +17,18 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use burn::tensor::Device;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use thiserror::Error;
+use tracing_subscriber::EnvFilter;
 
 use crate::checkpoint;
 use crate::config::ConfigError;
 use crate::failure::{self, DeviceError};
+use crate::memory::plan::Plan;
 use crate::startup;
+use crate::terminal;
 
 #[derive(Parser)]
 #[command(
@@ -82,10 +85,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
         Err(_) => panic_error(),
     };
     if error.is::<Interrupted>() {
-        eprintln!("{error}");
+        terminal::warn(error);
         return 130;
     }
-    eprintln!("error: {error:#}");
+    terminal::warn(format!("error: {error:#}"));
     if error.is::<ConfigError>() { 2 } else { 1 }
 }
 
@@ -96,9 +99,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     let started = Instant::now();
     let matches = Cli::command().get_matches_from(args.into_iter().map(dashes));
-    let warnings = tracing_subscriber::EnvFilter::try_from_env("GPT_WGPU_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("gpt_wgpu=warn"));
-    tracing_subscriber::fmt().with_env_filter(warnings).with_writer(std::io::stderr).without_time().init();
+    tracing_subscriber::fmt().with_env_filter(log_filter()?).with_writer(std::io::stderr).without_time().init();
     startup::begin(started);
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     match cli.command {
@@ -111,10 +112,25 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "gpt-wgpu", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "gpt-wgpu", &mut script);
+            terminal::print(String::from_utf8_lossy(&script))
         }
-        Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
+        Command::Man => {
+            let mut page = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+            terminal::print(String::from_utf8_lossy(&page))
+        }
+    }
+}
+
+/// What is logged: warnings, or what the environment asks for.
+fn log_filter() -> Result<EnvFilter> {
+    const VARIABLE: &str = "GPT_WGPU_LOG";
+    match std::env::var(VARIABLE) {
+        Ok(text) => EnvFilter::try_new(&text)
+            .with_context(|| format!("{VARIABLE}={text}: expected a filter such as gpt_wgpu=debug")),
+        Err(_) => Ok(EnvFilter::new("gpt_wgpu=warn")),
     }
 }
 
@@ -183,7 +199,7 @@ fn stop_flag() -> Result<&'static AtomicBool> {
         if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("finishing the step and saving; Ctrl-C again quits at once");
+        terminal::warn("finishing the step and saving; Ctrl-C again quits at once");
     })?;
     Ok(&STOP)
 }
@@ -194,7 +210,40 @@ fn best_or_last(out_dir: &Path, name: Option<&str>) -> PathBuf {
         Some(name) => checkpoint::path(out_dir, name),
         None => {
             let best = checkpoint::path(out_dir, "best");
-            if best.exists() { best } else { checkpoint::path(out_dir, "last") }
+            if checkpoint::exists(&best) { best } else { checkpoint::path(out_dir, "last") }
         }
     }
+}
+
+/// Refuses what is too large before it begins.
+fn refuse_what_cannot_fit(plan: &Plan) -> Result<()> {
+    match plan.refusal() {
+        Some(refusal) => bail!(refusal),
+        None => Ok(()),
+    }
+}
+
+/// The same for an evaluation alone, which takes a fraction of what training does.
+fn refuse_evaluation_that_cannot_fit(plan: &Plan) -> Result<()> {
+    match plan.evaluation_refusal() {
+        Some(refusal) => bail!(refusal),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a file that cannot be written before the work that makes its content.
+fn refuse_what_cannot_be_written(flag: &str, path: &Path) -> Result<()> {
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        ensure!(folder.is_dir(), "{flag}: there is no folder {}", folder.display());
+    }
+    let is_new = !path.exists();
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .with_context(|| format!("{flag}: cannot write {}", path.display()))?;
+    if is_new {
+        std::fs::remove_file(path).with_context(|| format!("{flag}: cannot remove {}", path.display()))?;
+    }
+    Ok(())
 }

@@ -151,7 +151,7 @@ pub fn load(paths: &[impl AsRef<Path>]) -> Result<Loaded, CompareError> {
         if path.is_dir() {
             path.push("metrics.jsonl");
         }
-        let bytes = fs::read(&path).map_err(|source| ReportError::Read { path: path.clone(), source })?;
+        let bytes = fs::read(&path).map_err(|error| ReportError::Read { path: path.clone(), error })?;
         let name = path.display().to_string();
         let text = report::decode(bytes, &name)?;
         if Run::looks_like(&text) {

@@ -2,9 +2,12 @@
 //!
 //! Names and defaults are nanoGPT's. Precedence: defaults, then the file, then flags.
 
-use std::path::{Path, PathBuf};
+mod check;
+mod text;
 
-use clap::{Args, CommandFactory, FromArgMatches, parser::ValueSource};
+use std::path::PathBuf;
+
+use clap::Args;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -13,6 +16,9 @@ use crate::model::GptConfig;
 use crate::ops::linear::Gelu;
 use crate::precision::Dtype;
 use crate::recompute::Recompute;
+
+pub use check::check_model;
+pub(crate) use check::{MOST_TOKENS, MOST_VOCABULARY};
 
 /// The configuration that bare `gpt-wgpu train` uses.
 pub const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
@@ -41,19 +47,19 @@ pub struct Config {
 #[command(next_help_heading = "Model")]
 pub struct ModelConfig {
     /// Number of blocks
-    #[arg(long, default_value_t = Self::default().n_layer)]
+    #[arg(long, default_value_t = Self::default().n_layer, value_parser = whole::<usize>)]
     pub n_layer: usize,
     /// Attention heads in a block; divides n_embd
-    #[arg(long, default_value_t = Self::default().n_head)]
+    #[arg(long, default_value_t = Self::default().n_head, value_parser = whole::<usize>)]
     pub n_head: usize,
     /// Channels
-    #[arg(long, default_value_t = Self::default().n_embd)]
+    #[arg(long, default_value_t = Self::default().n_embd, value_parser = whole::<usize>)]
     pub n_embd: usize,
     /// Longest context, in tokens
-    #[arg(long, default_value_t = Self::default().block_size)]
+    #[arg(long, default_value_t = Self::default().block_size, value_parser = whole::<usize>)]
     pub block_size: usize,
     /// Tokens in the vocabulary; 0 takes the dataset's, or 50304 where it names none
-    #[arg(long, default_value_t = Self::default().vocab_size)]
+    #[arg(long, default_value_t = Self::default().vocab_size, value_parser = whole::<usize>)]
     pub vocab_size: usize,
     /// Chance that an element is dropped, in [0, 1): embeddings, attention, both residual branches
     #[arg(long, default_value_t = Self::default().dropout)]
@@ -93,10 +99,10 @@ pub struct DataConfig {
     #[arg(long, default_value = "data")]
     pub data_dir: PathBuf,
     /// Sequences in a micro-batch
-    #[arg(long, default_value_t = Self::default().batch_size)]
+    #[arg(long, default_value_t = Self::default().batch_size, value_parser = whole::<usize>)]
     pub batch_size: usize,
     /// Micro-batches summed before each update
-    #[arg(long, default_value_t = Self::default().gradient_accumulation_steps)]
+    #[arg(long, default_value_t = Self::default().gradient_accumulation_steps, value_parser = whole::<usize>)]
     pub gradient_accumulation_steps: usize,
 }
 
@@ -126,10 +132,10 @@ pub struct OptimConfig {
     #[arg(long, default_value_t = Self::default().decay_lr, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
     pub decay_lr: bool,
     /// Iterations of linear warmup
-    #[arg(long, default_value_t = Self::default().warmup_iters)]
+    #[arg(long, default_value_t = Self::default().warmup_iters, value_parser = whole::<u64>)]
     pub warmup_iters: u64,
     /// Iteration at which the decay ends
-    #[arg(long, default_value_t = Self::default().lr_decay_iters)]
+    #[arg(long, default_value_t = Self::default().lr_decay_iters, value_parser = whole::<u64>)]
     pub lr_decay_iters: u64,
     /// Learning rate after the decay
     #[arg(long, default_value_t = Self::default().min_lr)]
@@ -192,19 +198,19 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = Self::default().init_from)]
     pub init_from: String,
     /// Seed of weights, batches and dropout
-    #[arg(long, default_value_t = Self::default().seed)]
+    #[arg(long, default_value_t = Self::default().seed, value_parser = whole::<u64>)]
     pub seed: u64,
     /// Last iteration, counted from 0
-    #[arg(long, default_value_t = Self::default().max_iters)]
+    #[arg(long, default_value_t = Self::default().max_iters, value_parser = whole::<u64>)]
     pub max_iters: u64,
     /// Iterations between evaluations
-    #[arg(long, default_value_t = Self::default().eval_interval)]
+    #[arg(long, default_value_t = Self::default().eval_interval, value_parser = whole::<u64>)]
     pub eval_interval: u64,
     /// Random batches in an evaluation, of train and of val each
-    #[arg(long, default_value_t = Self::default().eval_iters)]
+    #[arg(long, default_value_t = Self::default().eval_iters, value_parser = whole::<usize>)]
     pub eval_iters: usize,
     /// Iterations between log lines; only these wait for the device
-    #[arg(long, default_value_t = Self::default().log_interval)]
+    #[arg(long, default_value_t = Self::default().log_interval, value_parser = whole::<u64>)]
     pub log_interval: u64,
     /// Evaluate once and stop
     #[arg(long, default_value_t = Self::default().eval_only, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
@@ -213,7 +219,7 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = Self::default().always_save_checkpoint, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
     pub always_save_checkpoint: bool,
     /// Tokens of the sample that is printed at the end; 0 prints none
-    #[arg(long, default_value_t = Self::default().sample_tokens)]
+    #[arg(long, default_value_t = Self::default().sample_tokens, value_parser = whole::<usize>)]
     pub sample_tokens: usize,
 }
 
@@ -242,12 +248,12 @@ impl Default for TrainConfig {
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// The file could not be read.
-    #[error("cannot read the configuration {path}: {source}")]
+    #[error("cannot read the configuration {path}: {error}")]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The file is not this schema.
     #[error("{place}: {message}")]
@@ -278,100 +284,13 @@ fn parse_bool(text: &str) -> Result<bool, String> {
     }
 }
 
+/// clap's parser of a whole number: what TOML, in which the configuration is kept, has room for.
+fn whole<N: TryFrom<i64>>(text: &str) -> Result<N, String> {
+    let number = text.parse::<i64>().ok().and_then(|number| N::try_from(number).ok());
+    number.ok_or_else(|| format!("expected a whole number, 0 to {}", i64::MAX))
+}
+
 impl Config {
-    /// Parses a configuration's TOML text; `name` stands for the file in errors.
-    pub fn parse(text: &str, name: &str) -> Result<Self, ConfigError> {
-        toml::from_str(text).map_err(|error| schema_error(&error, text, name))
-    }
-
-    /// Reads a configuration file.
-    pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
-        Self::parse(&text, &path.display().to_string())
-    }
-
-    /// This configuration with the flags that were given on the command line put over it.
-    ///
-    /// `matches` are of a command that has [`Config`]'s flags.
-    pub fn with_flags(self, matches: &clap::ArgMatches) -> Result<Self, ConfigError> {
-        let internal = |error: &dyn std::fmt::Display| ConfigError::Schema {
-            place: "command line".into(),
-            message: error.to_string(),
-        };
-        let flags = Self::from_arg_matches(matches).map_err(|error| internal(&error))?;
-        let mut merged = toml::Table::try_from(&self).map_err(|error| internal(&error))?;
-        let given = toml::Table::try_from(&flags).map_err(|error| internal(&error))?;
-        for (table, keys) in given {
-            let (Some(target), toml::Value::Table(keys)) = (merged.get_mut(&table), keys) else {
-                continue;
-            };
-            for (key, value) in keys {
-                if matches.value_source(&key) == Some(ValueSource::CommandLine)
-                    && let Some(target) = target.as_table_mut()
-                {
-                    target.insert(key, value);
-                }
-            }
-        }
-        merged.try_into().map_err(|error: toml::de::Error| internal(&error))
-    }
-
-    /// The configuration as commented TOML, every key with its help text.
-    pub fn to_toml(&self) -> String {
-        let table = toml::Table::try_from(self).unwrap_or_default();
-        let help = Help::augment();
-        let mut text = String::new();
-        for (name, keys) in &table {
-            text.push_str(&format!("[{name}]\n"));
-            for (key, value) in keys.as_table().into_iter().flatten() {
-                if let Some(line) = help.of(key) {
-                    text.push_str(&format!("# {line}\n"));
-                }
-                text.push_str(&format!("{key} = {value}\n"));
-            }
-            text.push('\n');
-        }
-        text
-    }
-
-    /// Refuses what no run can have.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        let positive = |key, value: usize| check(key, value, value > 0, "it must be at least 1".into());
-        let ModelConfig { n_layer, n_head, n_embd, block_size, dropout, .. } = self.model;
-        positive("n_layer", n_layer)?;
-        positive("n_head", n_head)?;
-        positive("n_embd", n_embd)?;
-        positive("block_size", block_size)?;
-        positive("batch_size", self.data.batch_size)?;
-        positive("gradient_accumulation_steps", self.data.gradient_accumulation_steps)?;
-        positive("eval_iters", self.train.eval_iters)?;
-        positive("log_interval", self.train.log_interval as usize)?;
-        positive("eval_interval", self.train.eval_interval as usize)?;
-        check(
-            "n_embd",
-            n_embd,
-            n_embd.is_multiple_of(n_head),
-            format!("it must be a multiple of n_head = {n_head}; the nearest is {}", (n_embd / n_head).max(1) * n_head),
-        )?;
-        let fraction = "it must be at least 0 and less than 1".to_string();
-        check("dropout", dropout, (0.0..1.0).contains(&dropout), fraction.clone())?;
-        let OptimConfig { beta1, beta2, learning_rate, grad_clip, weight_decay, min_lr, skip_spike_sigma, .. } =
-            self.optim;
-        check("beta1", beta1, (0.0..1.0).contains(&beta1), fraction.clone())?;
-        check("beta2", beta2, (0.0..1.0).contains(&beta2), fraction)?;
-        for (key, value) in [
-            ("learning_rate", learning_rate),
-            ("min_lr", min_lr),
-            ("grad_clip", grad_clip),
-            ("weight_decay", weight_decay),
-            ("skip_spike_sigma", skip_spike_sigma),
-        ] {
-            let reason = "it must be a finite number, not negative".into();
-            check(key, value, value >= 0.0 && value.is_finite(), reason)?;
-        }
-        Ok(())
-    }
-
     /// The model of this configuration for a vocabulary of `vocab_size` tokens.
     pub fn gpt(&self, vocab_size: usize) -> GptConfig {
         let model = &self.model;
@@ -392,53 +311,10 @@ impl Config {
     }
 }
 
-fn check(key: &'static str, value: impl std::fmt::Display, good: bool, reason: String) -> Result<(), ConfigError> {
-    if good {
-        return Ok(());
-    }
-    let value = value.to_string();
-    Err(ConfigError::Value { key, value, reason })
-}
-
-/// The help texts of the flags, by key.
-struct Help(clap::Command);
-
-#[derive(clap::Parser)]
-struct HelpOnly {
-    #[command(flatten)]
-    _config: Config,
-}
-
-impl Help {
-    fn augment() -> Self {
-        Self(HelpOnly::command())
-    }
-
-    fn of(&self, key: &str) -> Option<String> {
-        let argument = self.0.get_arguments().find(|a| a.get_id() == key)?;
-        argument.get_help().map(ToString::to_string)
-    }
-}
-
-/// Turns toml's error into one line: file, line, what is wrong, the nearest valid key.
-fn schema_error(error: &toml::de::Error, text: &str, name: &str) -> ConfigError {
-    let line = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
-    let mut message = error.message().replace('\n', " ");
-    let mut quoted = message.split('`').skip(1).step_by(2).map(str::to_string);
-    if message.starts_with("unknown field")
-        && let Some(key) = quoted.next()
-    {
-        let nearest = quoted.max_by(|a, b| strsim::jaro_winkler(a, &key).total_cmp(&strsim::jaro_winkler(b, &key)));
-        message = match nearest {
-            Some(nearest) => format!("unknown key `{key}`; the nearest valid key is `{nearest}`"),
-            None => format!("unknown key `{key}`"),
-        };
-    }
-    ConfigError::Schema { place: format!("{name}:{line}"), message }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

@@ -203,17 +203,20 @@ struct TokenFile {
 impl TokenFile {
     fn open(path: PathBuf) -> Result<Self, DataError> {
         let unreadable = |error| DataError::Unreadable { path: path.clone(), error };
-        let file = match File::open(&path) {
-            Ok(file) => file,
+        let metadata = match path.metadata() {
+            Ok(metadata) => metadata,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(DataError::Missing(path));
             }
             Err(error) => return Err(unreadable(error)),
         };
-        let metadata = file.metadata().map_err(unreadable)?;
         if metadata.is_dir() {
             return Err(unreadable(io::ErrorKind::IsADirectory.into()));
         }
+        if !metadata.is_file() {
+            return Err(unreadable(io::Error::other("it is no file"))); // to open a pipe is to wait for a writer
+        }
+        let file = File::open(&path).map_err(unreadable)?;
         if metadata.len() == 0 {
             return Err(DataError::Empty(path)); // an empty file cannot be mapped everywhere
         }

@@ -182,7 +182,7 @@ pub fn begun() -> u64 {
 /// Which checkpoint is left, in words.
 pub fn kept(out_dir: &Path) -> String {
     let last = checkpoint::path(out_dir, "last");
-    if last.exists() {
+    if checkpoint::exists(&last) {
         format!("the last good checkpoint is {}", last.display())
     } else {
         "no checkpoint was saved before".to_string()
@@ -191,7 +191,7 @@ pub fn kept(out_dir: &Path) -> String {
 
 /// The whole story: what happened, when, what is left and what to do.
 pub fn story(what: &str, out_dir: &Path, advice: &str) -> String {
-    let go_on = if checkpoint::path(out_dir, "last").exists() {
+    let go_on = if checkpoint::exists(&checkpoint::path(out_dir, "last")) {
         format!("; go on from it with: gpt-wgpu train --resume --out-dir {}", out_dir.display())
     } else {
         String::new()

@@ -55,12 +55,15 @@ pub mod rng;
 pub mod sample;
 /// A program's start taken apart.
 pub mod startup;
+/// What the program prints.
+mod terminal;
 /// Text to tokens and back.
 pub mod tokenizer;
 /// The training loop.
 pub mod train;
 /// The operations once more, as plain f64 loops.
 pub mod twins;
-/// Ends a run whose device hangs.
+/// A step's kernels, compiled before it.
 pub mod warmup;
+/// Ends a run whose device hangs.
 pub mod watchdog;

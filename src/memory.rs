@@ -18,6 +18,17 @@ pub const LARGEST_BUFFER: u64 = (2 << 30) - 1;
 /// What CubeCL takes beside the pool, for the parameters of launches (1.6 MiB when it keeps its 512) and for values read back.
 const AUXILIARY: u64 = 2 << 20;
 
+/// What computes the operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// Burn's own operations, of which ours are composed.
+    Composed,
+    /// The CPU's loops, with so many threads.
+    Loops(usize),
+    /// Kernels.
+    Kernels(Variant),
+}
+
 /// All that a run's memory depends on.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -33,8 +44,8 @@ pub struct Shape {
     pub f16: bool,
     /// What is computed again instead of kept for the backward.
     pub recompute: Recompute,
-    /// The kernels; none: operations composed of Burn's.
-    pub variant: Option<Variant>,
+    /// What computes.
+    pub engine: Engine,
     /// Whether a pool serves the allocations, as it does on every GPU.
     pub pooled: bool,
     /// Bytes of the device's largest buffer.
@@ -43,14 +54,7 @@ pub struct Shape {
 
 impl Shape {
     /// The shape of a configured run of the model `gpt` with activations in f16 (or f32).
-    pub fn of(
-        config: &Config,
-        gpt: &GptConfig,
-        f16: bool,
-        variant: Option<Variant>,
-        pooled: bool,
-        largest_buffer: u64,
-    ) -> Self {
+    pub fn of(config: &Config, gpt: &GptConfig, f16: bool, engine: Engine, pooled: bool, largest_buffer: u64) -> Self {
         Self {
             gpt: *gpt,
             batch_size: config.data.batch_size,
@@ -58,7 +62,7 @@ impl Shape {
             dropout: config.model.dropout > 0.0,
             f16,
             recompute: config.train.recompute,
-            variant,
+            engine,
             pooled,
             largest_buffer: largest_buffer.min(LARGEST_BUFFER),
         }
@@ -107,6 +111,13 @@ pub fn estimate(shape: &Shape) -> Estimate {
         unused: reserved.saturating_sub(alive),
         largest_tensor: replay.largest,
     }
+}
+
+/// Bytes that the loss of one batch of this shape takes, of which nothing is kept for a backward, and its largest tensor.
+pub fn evaluation(shape: &Shape) -> (u64, (u64, &'static str)) {
+    let replay = step::replay_evaluation(shape);
+    let bytes = if shape.pooled { replay.reserved + AUXILIARY } else { replay.peak.iter().sum() };
+    (bytes, replay.largest)
 }
 
 /// The largest value in 1..=`most` that `fits`, which holds for a value where it holds for a larger one.

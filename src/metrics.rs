@@ -1,13 +1,15 @@
 //! What a run reports: nanoGPT's lines on the terminal, one JSON object a logged step in `metrics.jsonl`, a progress bar.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
+
+use crate::terminal;
 
 /// The peak that nanoGPT's `mfu` refers to: an A100's bf16 matrix peak, FLOP/s. Kept, so that the lines can be compared.
 pub const NANOGPT_PEAK: f64 = 312e12;
@@ -72,15 +74,10 @@ impl Reporter {
         fs::create_dir_all(out_dir).with_context(|| format!("cannot create out_dir {}", out_dir.display()))?;
         let path = out_dir.join("metrics.jsonl");
         let describe = || format!("cannot write {}", path.display());
-        let kept: String = match fs::read_to_string(&path) {
-            Ok(text) if first_step > 0 => text
-                .lines()
-                .filter(|line| serde_json::from_str::<Record>(line).is_ok_and(|r| r.step < first_step))
-                .map(|line| format!("{line}\n"))
-                .collect(),
-            _ => String::new(),
-        };
-        fs::write(&path, kept).with_context(describe)?;
+        // Beside it and renamed: a kill or a full disk leaves the old records or the new ones.
+        let beside = out_dir.join(".metrics.jsonl.tmp");
+        let kept = if first_step > 0 { records_before(first_step, &path)? } else { String::new() };
+        fs::write(&beside, kept).and_then(|()| fs::rename(&beside, &path)).with_context(describe)?;
         let file = OpenOptions::new().append(true).open(&path).with_context(describe)?;
         let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
             let style = "{bar:30} {pos}/{len} {elapsed} elapsed, {eta} left  {msg}";
@@ -103,13 +100,9 @@ impl Reporter {
         if self.quiet {
             return;
         }
-        let print = || {
-            // A closed pipe (`| head`) is no reason to stop a training run.
-            let _ = writeln!(std::io::stdout(), "{text}");
-        };
         match &self.bar {
-            Some(bar) => bar.suspend(print),
-            None => print(),
+            Some(bar) => bar.suspend(|| terminal::say(text)),
+            None => terminal::say(text),
         }
     }
 
@@ -141,4 +134,14 @@ impl Reporter {
             bar.finish_and_clear();
         }
     }
+}
+
+/// The records of earlier steps, as lines; none where there is no file. What is no record is left out: a kill may have torn it.
+fn records_before(step: u64, path: &Path) -> Result<String> {
+    let bytes = match fs::read(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(String::new()),
+        bytes => bytes.with_context(|| format!("cannot read {}", path.display()))?,
+    };
+    let is_earlier = |line: &&str| serde_json::from_str::<Record>(line).is_ok_and(|record| record.step < step);
+    Ok(String::from_utf8_lossy(&bytes).lines().filter(is_earlier).map(|line| format!("{line}\n")).collect())
 }

@@ -201,20 +201,27 @@ struct Pending {
 
 impl Pending {
     fn write(path: PathBuf, bytes: impl Iterator<Item = u8>) -> Result<Self> {
-        let temporary = path.with_added_extension("tmp");
+        let pending = Self { temporary: path.with_added_extension("tmp"), path };
         let write = || {
-            let mut file = BufWriter::new(File::create(&temporary)?);
+            let mut file = BufWriter::new(File::create(&pending.temporary)?);
             for byte in bytes {
                 file.write_all(&[byte])?;
             }
             file.into_inner()?.sync_all()
         };
-        write().with_context(|| format!("cannot write {}", temporary.display()))?;
-        Ok(Self { temporary, path })
+        write().with_context(|| format!("cannot write {}", pending.temporary.display()))?;
+        Ok(pending)
     }
 
     fn rename(self) -> Result<()> {
         fs::rename(&self.temporary, &self.path).with_context(|| format!("cannot write {}", self.path.display()))
+    }
+}
+
+impl Drop for Pending {
+    /// What was not renamed is of no use.
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.temporary);
     }
 }
 

@@ -23,7 +23,8 @@ pub struct Sampling {
 /// The context is the last `block_size` tokens, as in nanoGPT. An empty prompt is refused: a GPT predicts from something.
 ///
 /// # Errors
-/// When the prompt is empty or holds a token the model does not have, or the device fails.
+/// When the prompt is empty or holds a token the model does not have, when the vocabulary is larger than tokens can tell apart,
+/// when the logits are no numbers, or the device fails.
 pub fn generate(
     model: &Gpt,
     prompt: &[u16],
@@ -34,6 +35,7 @@ pub fn generate(
 ) -> Result<()> {
     ensure!(!prompt.is_empty(), "the prompt is empty; give at least one character");
     let vocab = model.config.vocab_size;
+    ensure!(vocab <= 1 << 16, "the model's vocabulary has {vocab} tokens, and text is made of at most 65536");
     if let Some(token) = prompt.iter().find(|&&t| usize::from(t) >= vocab) {
         anyhow::bail!("token {token} of the prompt is outside the model's vocabulary of {vocab}");
     }
@@ -46,6 +48,10 @@ pub fn generate(
         let shape = [1, window.len()];
         let window = Tensor::<2, Int>::from_data(TensorData::new(window, shape), device);
         let logits = read(model.last_logits(window))?;
+        ensure!(
+            logits.iter().all(|logit| logit.is_finite()),
+            "the model's logits are no numbers: its weights are damaged, or its training diverged"
+        );
         let token = draw(&logits, sampling, stream.next_f64()) as u16;
         tokens.push(token);
         if !on_token(token) {

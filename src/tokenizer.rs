@@ -2,15 +2,16 @@
 //!
 //! `meta.json` beside a dataset says which of the two made it, so that samples decode the way the text was encoded.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    fmt, fs, io,
-    path::Path,
-    str::FromStr,
-};
+mod chars;
+mod meta;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use std::{fmt, str::FromStr};
+
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
+
+pub use chars::CharTokenizer;
+pub use meta::Meta;
 
 /// Ids of GPT-2's vocabulary, `<|endoftext|>` included.
 pub const GPT2_VOCAB: usize = 50_257;
@@ -186,121 +187,6 @@ impl Decoder<'_> {
     }
 }
 
-/// One id for each distinct character, in code point order, as nanoGPT numbers them.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CharTokenizer {
-    chars: Vec<char>,
-    ids: HashMap<char, u16>,
-}
-
-impl CharTokenizer {
-    /// The vocabulary of a text: its distinct characters, sorted.
-    pub fn from_text(text: &str) -> Result<Self> {
-        let distinct: BTreeSet<char> = text.chars().collect();
-        Self::from_chars(&distinct.into_iter().collect::<String>())
-    }
-
-    /// The vocabulary whose id `i` is the `i`-th character of `chars`. Each must occur once.
-    pub fn from_chars(chars: &str) -> Result<Self> {
-        let chars: Vec<char> = chars.chars().collect();
-        ensure!(!chars.is_empty(), "a character vocabulary needs at least one character");
-        ensure!(
-            chars.len() <= usize::from(u16::MAX),
-            "{} distinct characters do not fit in 16-bit token ids (at most {}); use the gpt2 tokenizer for this text",
-            chars.len(),
-            u16::MAX
-        );
-        let mut ids = HashMap::with_capacity(chars.len());
-        for (id, &c) in (0u16..).zip(&chars) {
-            ensure!(ids.insert(c, id).is_none(), "the character {c:?} occurs twice in the vocabulary");
-        }
-        Ok(Self { chars, ids })
-    }
-
-    /// The characters in the order of their ids.
-    pub fn chars(&self) -> String {
-        self.chars.iter().collect()
-    }
-
-    fn encode(&self, text: &str) -> Result<Vec<u16>> {
-        let id = |(position, c): (usize, char)| self.ids.get(&c).copied().ok_or_else(|| self.unknown(c, position));
-        text.chars().enumerate().map(id).collect()
-    }
-
-    fn unknown(&self, c: char, position: usize) -> anyhow::Error {
-        let other_case = || c.to_lowercase().chain(c.to_uppercase()).find(|o| self.ids.contains_key(o));
-        let hint = match other_case() {
-            Some(other) => format!("write {other:?} instead"),
-            None => "leave it out, or prepare the data again from a text that contains it".to_string(),
-        };
-        anyhow!(
-            "the character {c:?} (U+{:04X}, character {} of the text) is not among the {} that this model knows; \
-             {hint}",
-            u32::from(c),
-            position + 1,
-            self.chars.len()
-        )
-    }
-}
-
-/// `meta.json`: what made a dataset's tokens.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Meta {
-    /// Every token id is below.
-    pub vocab_size: usize,
-    /// What encoded the text.
-    pub tokenizer: TokenizerKind,
-    /// The characters in the order of their ids; empty unless `tokenizer` is `char`.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub chars: String,
-    /// Where the text came from: a name, a path or an address.
-    #[serde(default)]
-    pub source: String,
-    /// SHA-256 of the text, in hexadecimal.
-    #[serde(default)]
-    pub sha256: String,
-    /// Tokens in train.bin.
-    #[serde(default)]
-    pub train_tokens: u64,
-    /// Tokens in val.bin.
-    #[serde(default)]
-    pub val_tokens: u64,
-}
-
-impl Meta {
-    /// Its name in a dataset's directory.
-    pub const FILE: &str = "meta.json";
-
-    /// Reads `dir/meta.json`; `None` where there is none.
-    pub fn load(dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join(Self::FILE);
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot read {}", path.display()));
-            }
-        };
-        let broken = || format!("{} is broken; prepare the data again or mend it", path.display());
-        let meta: Self = serde_json::from_str(&text).with_context(broken)?;
-        meta.check().with_context(broken)?;
-        Ok(Some(meta))
-    }
-
-    /// As readable JSON, with a newline at the end.
-    pub fn to_json(&self) -> Result<String> {
-        Ok(serde_json::to_string_pretty(self)? + "\n")
-    }
-
-    fn check(&self) -> Result<()> {
-        let ids = Tokenizer::from_meta(self)?.vocab_size();
-        if self.vocab_size < ids {
-            bail!("vocab_size is {}, yet its tokenizer has {ids} ids", self.vocab_size);
-        }
-        Ok(())
-    }
-}
-
 /// Where to cut `text` near `limit` bytes so that both sides encode to what the whole would.
 ///
 /// That is before a newline between two characters that are no whitespace: there GPT-2's splitter always ends a piece,
@@ -330,6 +216,8 @@ fn check_whitespace(text: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use proptest::prelude::*;
 

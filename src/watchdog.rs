@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 
 use crate::failure;
+use crate::terminal;
 
 /// Changes the limit: seconds; 0 switches the watchdog off.
 pub const VARIABLE: &str = "GPT_WGPU_WATCHDOG_S";
@@ -71,7 +72,7 @@ fn finishes(device: &wgpu::Device, limit: Duration) -> bool {
         let timed_out = matches!(device.poll(wait), Err(wgpu::PollError::Timeout));
         let _ = done.send(!timed_out);
     });
-    outcome.recv_timeout(2 * limit).unwrap_or(false)
+    outcome.recv_timeout(limit.saturating_mul(2)).unwrap_or(false)
 }
 
 /// Ends the process. Nothing can be saved: the weights are on the device.
@@ -81,7 +82,7 @@ fn end(limit: Duration, out_dir: &std::path::Path) -> ! {
         "A restart of the computer may be needed; a slow device is given more time by {VARIABLE}=SECONDS, and less work at \
          a time by a smaller batch_size"
     );
-    eprintln!("error: {}", failure::story(&what, out_dir, &advice));
+    terminal::warn(format!("error: {}", failure::story(&what, out_dir, &advice)));
     // A hanging driver may also hang in what it does at exit.
     thread::spawn(|| {
         thread::sleep(Duration::from_secs(10));

@@ -1,88 +1,13 @@
 //! The built binary: configuration, files it writes, and what it says to bad input. No panic may reach a user.
 
-use std::path::{Path, PathBuf};
+#[path = "common/sandbox.rs"]
+mod sandbox;
+
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
-
-/// A small run: seconds on the CPU.
-const TINY: &[&str] = &[
-    "--n-layer=1",
-    "--n-head=2",
-    "--n-embd=16",
-    "--block-size=8",
-    "--batch-size=2",
-    "--max-iters=4",
-    "--eval-interval=2",
-    "--eval-iters=1",
-    "--log-interval=1",
-    "--dataset=builtin",
-    "--device=cpu",
-    "--out-dir=out",
-    "--sample-tokens=0",
-];
-
-struct Sandbox(TempDir);
-
-impl Sandbox {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gpt-wgpu"));
-        // A mirror that refuses at once: no test may depend on the network.
-        command.args(args).current_dir(self.0.path()).env("GPT_WGPU_SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt");
-        command
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        self.command(args).output().unwrap()
-    }
-
-    fn train(&self, more: &[&str]) -> Output {
-        self.run(&[&["train"], TINY, more].concat())
-    }
-
-    /// Runs `train` with the tiny setting, and fails unless it works.
-    fn trained(&self) -> &Self {
-        let output = self.train(&[]);
-        assert!(output.status.success(), "{}", text(&output));
-        self
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) {
-        let path = self.path(name);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, bytes).unwrap();
-    }
-}
-
-fn text(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
-}
-
-fn tokens(ids: &[u16]) -> Vec<u8> {
-    ids.iter().flat_map(|id| id.to_le_bytes()).collect()
-}
-
-/// The run failed with `code`, said each of `parts` on standard error, and nothing of it looks like a panic.
-#[track_caller]
-fn refused(output: &Output, code: i32, parts: &[&str]) {
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{}", text(output));
-    for part in parts {
-        assert!(stderr.contains(part), "no {part:?} in: {stderr}");
-    }
-    for word in ["panicked", "RUST_BACKTRACE", "unwrap", "stack backtrace"] {
-        assert!(!stderr.contains(word), "{word} in: {stderr}");
-    }
-}
+use sandbox::{Sandbox, TINY, refused, text, tokens};
 
 #[test]
 fn the_start_is_taken_apart_when_the_log_asks_for_it() {

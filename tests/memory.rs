@@ -10,7 +10,7 @@ use gpt_wgpu::data::Batch;
 use gpt_wgpu::device::{self, Chosen, DeviceSpec};
 use gpt_wgpu::kernel::{Variant, submit_limit};
 use gpt_wgpu::memory::plan::{Budget, Plan};
-use gpt_wgpu::memory::{LARGEST_BUFFER, Shape, estimate};
+use gpt_wgpu::memory::{Engine, LARGEST_BUFFER, Shape, estimate};
 use gpt_wgpu::model::{Gpt, GptConfig};
 use gpt_wgpu::ops::cross_entropy::chunk_rows;
 use gpt_wgpu::ops::linear::Gelu;
@@ -30,7 +30,7 @@ fn shape(gpt: GptConfig, batch_size: usize, dropout: bool) -> Shape {
         dropout,
         f16: false,
         recompute: Recompute::None,
-        variant: Some(Variant::Coop { edge: 16, f16: true }),
+        engine: Engine::Kernels(Variant::Coop { edge: 16, f16: true }),
         pooled: true,
         largest_buffer: LARGEST_BUFFER,
     }
@@ -63,7 +63,7 @@ fn the_yardsticks_measurements_on_an_h200_are_met() {
         let variant = if kernels == "scalar" { Variant::Scalar } else { Variant::Coop { edge: 16, f16: true } };
         for (name, shape) in [("char", shape(CHAR, 64, true)), ("gpt2", shape(GPT2, 8, false))] {
             let name = format!("{name}-{kernels}.json");
-            let shape = Shape { variant: Some(variant), f16: kernels == "f16", ..shape };
+            let shape = Shape { engine: Engine::Kernels(variant), f16: kernels == "f16", ..shape };
             assert_near(&name, estimate(&shape).total(), measured(&name));
         }
     }
@@ -91,7 +91,7 @@ fn no_configuration_needs_a_buffer_beyond_two_gib() {
     for (name, config, gpt) in configurations() {
         for variant in [Variant::Scalar, Variant::Coop { edge: 8, f16: true }, Variant::Coop { edge: 16, f16: true }] {
             for f16 in [false, true] {
-                let shape = Shape::of(&config, &gpt, f16, Some(variant), true, u64::MAX);
+                let shape = Shape::of(&config, &gpt, f16, Engine::Kernels(variant), true, u64::MAX);
                 let (bytes, what) = estimate(&shape).largest_tensor;
                 assert!(bytes <= LARGEST_BUFFER, "{name}: {what} has {} MiB", mib(bytes));
             }
@@ -123,7 +123,7 @@ fn budget(gib: f64) -> Budget {
         pooled: true,
         f16: false,
         has_f16: true,
-        variants: [Some(Variant::Scalar); 2],
+        engines: [Engine::Kernels(Variant::Scalar); 2],
     }
 }
 

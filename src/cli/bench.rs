@@ -1,12 +1,12 @@
 //! `gpt-wgpu bench`: how fast this machine trains a configuration.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use clap::{ArgMatches, Args};
 
+use super::{refuse_what_cannot_be_written, refuse_what_cannot_fit};
 use crate::bench::{self, Bench};
 use crate::config::{Config, QUICKSTART};
 use crate::corpus;
@@ -17,6 +17,7 @@ use crate::memory::plan::{Budget, Plan};
 use crate::prepare::Source;
 use crate::report::{BenchReport, Mfu};
 use crate::startup;
+use crate::terminal::{print, say};
 use crate::tokenizer::{CharTokenizer, GPT2_PADDED_VOCAB};
 
 #[derive(Args)]
@@ -30,7 +31,7 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 20, value_parser = at_least_one)]
     pub iters: usize,
     /// Iterations before the timed ones
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = count)]
     pub warmup: usize,
     /// Leave out the device's matrix peak, and so the fraction of it that training reaches
     #[arg(long)]
@@ -42,11 +43,22 @@ pub struct BenchArgs {
     flags: Config,
 }
 
+/// More iterations or rounds than anybody waits for.
+const MOST: usize = 1_000_000_000;
+
+/// clap's parser of a count.
+pub fn count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count @ 0..=MOST) => Ok(count),
+        _ => Err(format!("expected a whole number, at most {MOST}")),
+    }
+}
+
 /// clap's parser of a count that cannot be 0.
 pub fn at_least_one(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) | Err(_) => Err("expected a whole number, at least 1".into()),
-        Ok(count) => Ok(count),
+    match count(text) {
+        Ok(count) if count > 0 => Ok(count),
+        _ => Err(format!("expected a whole number, at least 1 and at most {MOST}")),
     }
 }
 
@@ -58,26 +70,22 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
     };
     let config = base.with_flags(matches)?;
     config.validate()?;
-    // Found out before the measurement, not after it.
-    if let Some(folder) = args.json.as_deref().and_then(Path::parent).filter(|folder| !folder.as_os_str().is_empty()) {
-        ensure!(folder.is_dir(), "--json: there is no folder {}", folder.display());
+    if let Some(path) = &args.json {
+        refuse_what_cannot_be_written("--json", path)?;
     }
     let chosen = device::choose(config.train.device.parse()?)?;
     ensure!(!args.ops || chosen.adapter.is_some(), "--ops takes kernels of a GPU apart; the CPU has none of ours");
     kernel::choose(config.train.kernels);
     let precision = config.train.dtype.resolve(&chosen, config.train.kernels)?;
-    let mut stdout = std::io::stdout(); // a closed pipe (`| head`) is no error
-    let _ = writeln!(stdout, "{chosen}");
+    say(&chosen);
     startup::part("Burn's runtime");
     if chosen.adapter.is_some() {
-        let _ = writeln!(stdout, "kernels: {}", kernel::describe(&chosen.capabilities, precision.f16));
+        say(format!("kernels: {}", kernel::describe(&chosen.capabilities, precision.f16)));
     }
-    let _ = writeln!(stdout, "{precision}");
+    say(precision);
     let data = dataset(&config)?;
     let gpt = config.gpt(data.as_ref().map_or_else(|| vocabulary(&config), |data| Ok(data.vocab_size()))?);
-    if let Some(refusal) = Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), false).refusal() {
-        bail!(refusal);
-    }
+    refuse_what_cannot_fit(&Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), false))?;
     startup::part("data");
     let (report, profile) = bench::run(&Bench {
         config: &config,
@@ -91,14 +99,13 @@ pub fn run(args: &BenchArgs, matches: &ArgMatches, started: Instant) -> Result<(
         ops: args.ops,
         started,
     })?;
-    let _ = write!(stdout, "{}", summary(&report));
+    // Neither is to be lost because the other is.
+    let written = args.json.as_ref().map_or(Ok(()), |path| report.write(path));
+    print(summary(&report))?;
     if let Some(profile) = profile {
-        let _ = writeln!(stdout, "\n{profile}");
+        print(format!("\n{profile}\n"))?;
     }
-    if let Some(path) = &args.json {
-        report.write(path)?;
-    }
-    Ok(())
+    Ok(written?)
 }
 
 /// The configured dataset, where it is prepared.

@@ -1,14 +1,15 @@
 //! `gpt-wgpu compare`: reports or training runs side by side, or devices of this machine.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use super::bench::at_least_one;
+use super::bench::{at_least_one, count};
 use super::devices::{self, Rounds};
+use super::refuse_what_cannot_be_written;
 use crate::compare::{self, Options, Render, compare_reports};
+use crate::terminal;
 
 #[derive(Args)]
 pub struct CompareArgs {
@@ -26,7 +27,7 @@ pub struct CompareArgs {
     #[arg(long, default_value_t = 10, value_parser = at_least_one, requires = "devices")]
     iters: usize,
     /// With --devices: iterations before the timed ones, in every round
-    #[arg(long, default_value_t = 5, requires = "devices")]
+    #[arg(long, default_value_t = 5, value_parser = count, requires = "devices")]
     warmup: usize,
     /// With --devices: write each device's report into this folder
     #[arg(long, requires = "devices")]
@@ -49,6 +50,16 @@ pub struct CompareArgs {
 }
 
 pub fn run(args: &CompareArgs) -> Result<()> {
+    ensure!(
+        args.tolerance >= 0.0 && args.tolerance.is_finite(),
+        "--tolerance {}: it must be a finite number, not negative",
+        args.tolerance
+    );
+    for (flag, path) in [("--html", &args.html), ("--svg", &args.svg)] {
+        if let Some(path) = path {
+            refuse_what_cannot_be_written(flag, path)?;
+        }
+    }
     let options = Options { across_dtypes: args.across_dtypes, tolerance: args.tolerance };
     if args.devices.is_empty() {
         let comparison = compare::compare(&args.files, &options)?;
@@ -66,6 +77,9 @@ pub fn run(args: &CompareArgs) -> Result<()> {
         iters: args.iters,
         warmup: args.warmup,
     };
+    if let Some(folder) = &args.save {
+        std::fs::create_dir_all(folder).with_context(|| format!("--save: cannot create {}", folder.display()))?;
+    }
     let reports = rounds.measure()?;
     if let Some(folder) = &args.save {
         devices::save(&reports, folder)?;
@@ -75,12 +89,12 @@ pub fn run(args: &CompareArgs) -> Result<()> {
 
 fn show(comparison: &dyn Render, args: &CompareArgs) -> Result<()> {
     let text = if args.markdown { comparison.markdown() } else { comparison.text() };
-    // A closed pipe (`| head`) is no error.
-    let _ = write!(std::io::stdout(), "{text}");
-    for (path, content) in [(&args.html, comparison.html()), (&args.svg, comparison.svg())] {
-        if let Some(path) = path {
-            std::fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))?;
-        }
-    }
-    Ok(())
+    let write = |path: &Option<PathBuf>, content: String| match path {
+        Some(path) => std::fs::write(path, content).with_context(|| format!("cannot write {}", path.display())),
+        None => Ok(()),
+    };
+    // None of them is to be lost because another is.
+    let written = [write(&args.html, comparison.html()), write(&args.svg, comparison.svg())];
+    terminal::print(text)?;
+    written.into_iter().collect()
 }

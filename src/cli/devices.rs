@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use crate::compare::Named;
 use crate::device;
 use crate::report::BenchReport;
+use crate::terminal;
 
 /// What to measure.
 pub struct Rounds<'a> {
@@ -43,7 +44,8 @@ impl Rounds<'_> {
             for (device, turns) in self.devices.iter().zip(&mut turns) {
                 let report =
                     self.turn(device, round).with_context(|| format!("{device}, round {} failed", round + 1))?;
-                eprintln!("round {} of {}: {device} {:.2} ms/iter", round + 1, self.rounds, report.median_ms);
+                let ms = report.median_ms;
+                terminal::warn(format!("round {} of {}: {device} {ms:.2} ms/iter", round + 1, self.rounds));
                 turns.push(report);
             }
         }
@@ -78,12 +80,11 @@ impl Rounds<'_> {
     }
 }
 
-/// Writes each report to `folder`, under its device's name.
+/// Writes each report to `folder`, which exists, under its device's name.
 ///
 /// # Errors
 /// When that cannot be written.
 pub fn save(reports: &[Named<BenchReport>], folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     for report in reports {
         report.content.write(&folder.join(format!("{}.json", report.name.replace(':', "-"))))?;
     }

@@ -1,12 +1,11 @@
 //! `gpt-wgpu doctor`: whether a device can be trusted to train.
 
-use std::io::Write;
-
 use anyhow::{Result, bail};
 use clap::Args;
 
 use crate::device;
 use crate::doctor::{self, Check, Outcome};
+use crate::terminal::{print, say, stream};
 
 #[derive(Args)]
 pub struct DoctorArgs {
@@ -24,17 +23,18 @@ const SPOIL: &str = "GPT_WGPU_DOCTOR_SPOIL";
 pub fn run(args: &DoctorArgs) -> Result<()> {
     let chosen = device::choose(args.device.parse()?)?;
     let spoil = std::env::var(SPOIL).ok();
-    let mut stdout = std::io::stdout(); // a closed pipe (`| head`) is no error
     if !args.json {
         let version = env!("CARGO_PKG_VERSION");
-        let _ = writeln!(stdout, "gpt-wgpu {version} on {} {}", std::env::consts::OS, std::env::consts::ARCH);
-        let _ = writeln!(stdout, "{chosen}");
+        say(format!("gpt-wgpu {version} on {} {}", std::env::consts::OS, std::env::consts::ARCH));
+        say(&chosen);
     }
+    let mut told = Ok(true); // the checks go on where nobody reads: the exit code tells their outcome
     let checks = doctor::examine(&chosen, spoil.as_deref(), |check| {
-        if !args.json {
-            let _ = write!(stdout, "{}", line(check));
+        if !args.json && told.is_ok() {
+            told = stream(line(check));
         }
     });
+    told?;
     let bad: Vec<&str> = checks.iter().filter(|c| c.outcome == Outcome::Bad).map(|c| c.name.as_str()).collect();
     if args.json {
         let json = serde_json::json!({
@@ -47,13 +47,13 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
             "healthy": bad.is_empty(),
             "checks": checks,
         });
-        println!("{}", serde_json::to_string_pretty(&json)?);
+        print(serde_json::to_string_pretty(&json)? + "\n")?;
     }
     if !bad.is_empty() {
         bail!("{} of {} checks failed: {}", bad.len(), checks.len(), bad.join("; "));
     }
     if !args.json {
-        let _ = writeln!(stdout, "all {} checks passed", checks.len());
+        say(format!("all {} checks passed", checks.len()));
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::device::{self, AdapterReport};
+use crate::terminal;
 
 #[derive(Args)]
 pub struct InfoArgs {
@@ -24,18 +25,16 @@ pub fn run(args: &InfoArgs) -> Result<()> {
             "adapters": adapters,
             "auto": device::choose(device::DeviceSpec::Auto)?.backend,
         });
-        println!("{}", serde_json::to_string_pretty(&json)?);
-        return Ok(());
+        return terminal::print(serde_json::to_string_pretty(&json)? + "\n");
     }
-    println!("gpt-wgpu {} on {} {}", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH);
-    for adapter in &adapters {
-        print!("{}", table(adapter));
-    }
+    let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
+    let mut text = format!("gpt-wgpu {} on {os} {arch}\n", env!("CARGO_PKG_VERSION"));
+    text.extend(adapters.iter().map(table));
     if adapters.is_empty() {
-        println!("\nno GPU adapter; the CPU is there");
+        text += "\nno GPU adapter; the CPU is there\n";
     }
-    println!("\n--device auto takes {}", device::choose(device::DeviceSpec::Auto)?);
-    Ok(())
+    text += &format!("\n--device auto takes {}\n", device::choose(device::DeviceSpec::Auto)?);
+    terminal::print(text)
 }
 
 fn table(adapter: &AdapterReport) -> String {

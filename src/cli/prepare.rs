@@ -6,6 +6,7 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 
 use crate::prepare::{self, Source};
+use crate::terminal;
 use crate::tokenizer::TokenizerKind;
 
 #[derive(Args)]
@@ -37,7 +38,7 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
     let dir = args.out_dir.clone().unwrap_or_else(|| args.data_dir.join(name));
     let summary = prepare::prepare(&source, &dir, args.tokenizer, !args.quiet)?;
     if !args.quiet {
-        println!("{summary}");
+        terminal::say(summary);
     }
     Ok(())
 }

@@ -1,6 +1,5 @@
 //! `gpt-wgpu sample`, with nanoGPT's flags.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -10,6 +9,7 @@ use super::best_or_last;
 use crate::checkpoint;
 use crate::device;
 use crate::sample::{Sampling, generate};
+use crate::terminal::stream;
 use crate::tokenizer::{Meta, Tokenizer};
 
 #[derive(Args)]
@@ -67,19 +67,19 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let model = checkpoint.model(&chosen.device)?;
     for sample in 0..args.num_samples {
         let mut decoder = tokenizer.decoder();
-        let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, seed: args.seed + sample };
-        let mut stdout = std::io::stdout();
-        write!(stdout, "{}", tokenizer.decode(&prompt))?;
-        let mut open = true;
-        generate(&model, &prompt, args.max_new_tokens, sampling, &chosen.device, |token| {
-            // A closed pipe (`| head`) ends the sample.
-            open = write!(stdout, "{}", decoder.push(token)).and_then(|()| stdout.flush()).is_ok();
-            open
-        })?;
-        if !open {
+        let seed = args.seed.wrapping_add(sample);
+        let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, seed };
+        // A closed pipe (`| head`) ends the samples.
+        let mut read = stream(tokenizer.decode(&prompt));
+        if matches!(read, Ok(true)) {
+            generate(&model, &prompt, args.max_new_tokens, sampling, &chosen.device, |token| {
+                read = stream(decoder.push(token));
+                matches!(read, Ok(true))
+            })?;
+        }
+        if !read? || !stream(format!("{}\n---------------\n", decoder.finish()))? {
             break;
         }
-        writeln!(stdout, "{}\n---------------", decoder.finish())?;
     }
     Ok(())
 }

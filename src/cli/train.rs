@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use burn::module::Module;
 use clap::{ArgMatches, Args, parser::ValueSource};
 
-use super::{Interrupted, explained, stop_flag};
+use super::{Interrupted, explained, refuse_evaluation_that_cannot_fit, refuse_what_cannot_fit, stop_flag};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, QUICKSTART};
 use crate::corpus;
@@ -16,10 +17,11 @@ use crate::device::{self, Chosen};
 use crate::failure;
 use crate::kernel;
 use crate::memory::plan::{Budget, Plan};
-use crate::model::GptConfig;
+use crate::model::{Gpt, GptConfig};
 use crate::prepare::{self, Source};
 use crate::sample::{Sampling, generate};
 use crate::startup;
+use crate::terminal;
 use crate::tokenizer::{Meta, Tokenizer};
 use crate::train::{self, Ended, Run, Start};
 use crate::watchdog::Watchdog;
@@ -52,12 +54,11 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     let (mut config, resumed) = resolve(args, matches)?;
     config.validate()?;
     if args.print_config {
-        print!("{}", config.to_toml());
-        return Ok(());
+        return terminal::print(config.to_toml());
     }
     let say = |text: String| {
         if !args.quiet {
-            println!("{text}");
+            terminal::say(text);
         }
     };
 
@@ -90,7 +91,13 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     let data = Dataset::open(&dir, vocab_size, block_size)?;
     let gpt = known.unwrap_or_else(|| config.gpt(data.vocab_size()));
     adopt(&mut config, &gpt);
-    refuse_what_cannot_fit(&Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), known.is_some()), &config)?;
+    let plan = Plan::new(&config, &gpt, Budget::of(&chosen, precision.f16), known.is_some());
+    if config.train.eval_only {
+        refuse_evaluation_that_cannot_fit(&plan)?;
+    } else {
+        refuse_what_cannot_fit(&plan)?;
+        checkpoint::make_room(&config.train.out_dir)?;
+    }
     write_config(&config)?;
     startup::part("data");
     say(format!(
@@ -103,7 +110,8 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     say(format!("number of parameters: {:.2}M", gpt.parameters() as f64 / 1e6));
     say(format!("tokens per iteration will be: {}", config.tokens_per_iter()));
 
-    let stop = stop_flag()?;
+    // An evaluation alone has nothing to save: Ctrl-C ends it at once.
+    let stop = if config.train.eval_only { &NEVER } else { stop_flag()? };
     let watchdog = Watchdog::start(failure::wgpu_device(&chosen.device), config.train.out_dir.clone())?;
     let (model, ended) = explained(&chosen.device, &config.train.out_dir, || {
         let run = Run {
@@ -127,10 +135,13 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
         && config.train.sample_tokens > 0
         && !args.quiet
     {
-        print_sample(&model.valid(), meta, &config, &chosen)?;
+        print_sample(&model.valid(), meta, &config, &chosen, stop)?;
     }
     Ok(())
 }
+
+/// A run that nobody stops.
+static NEVER: AtomicBool = AtomicBool::new(false);
 
 fn given(matches: &ArgMatches, key: &str) -> bool {
     matches.value_source(key) == Some(ValueSource::CommandLine)
@@ -215,12 +226,13 @@ fn dataset(config: &mut Config, bare: bool, quiet: bool) -> Result<PathBuf> {
         );
     };
     if !quiet {
-        println!("preparing {name} in {}", dir.display());
+        terminal::say(format!("preparing {name} in {}", dir.display()));
     }
     match prepare::prepare(&source, &dir, None, !quiet) {
         Ok(_) => Ok(dir),
         Err(error) if bare => {
-            eprintln!("no {name}: {}; training on the built-in corpus instead", error.root_cause());
+            let why = error.root_cause();
+            terminal::warn(format!("no {name}: {why}; training on the built-in corpus instead"));
             config.data.dataset = "builtin".into();
             dataset(config, false, quiet)
         }
@@ -302,15 +314,16 @@ fn dry_run(
         }
         (None, None, dir) => {
             let vocab_size = expected_vocab(&config.data.dataset);
-            println!("{} is not prepared: its vocabulary is taken to be {vocab_size}", dir.display());
+            let dir = dir.display();
+            terminal::say(format!("{dir} is not prepared: its vocabulary is taken to be {vocab_size}"));
             config.gpt(vocab_size)
         }
     };
     adopt(&mut config, &gpt);
-    println!("number of parameters: {:.2}M", gpt.parameters() as f64 / 1e6);
+    terminal::say(format!("number of parameters: {:.2}M", gpt.parameters() as f64 / 1e6));
     let plan = Plan::new(&config, &gpt, Budget::of(chosen, f16), known.is_some());
-    println!("{plan}");
-    refuse_what_cannot_fit(&plan, &config)
+    terminal::print(format!("{plan}\n"))?;
+    if config.train.eval_only { refuse_evaluation_that_cannot_fit(&plan) } else { refuse_what_cannot_fit(&plan) }
 }
 
 /// The vocabulary that a dataset by this name has when it is prepared: one of characters for two of ours, else GPT-2's 50257
@@ -323,14 +336,6 @@ fn expected_vocab(dataset: &str) -> usize {
     }
 }
 
-/// Ends a run that is too large before it begins. An evaluation alone takes a fraction of what the plan is about.
-fn refuse_what_cannot_fit(plan: &Plan, config: &Config) -> Result<()> {
-    match plan.refusal() {
-        Some(refusal) if !config.train.eval_only => bail!(refusal),
-        _ => Ok(()),
-    }
-}
-
 /// The resolved configuration, beside what it made.
 fn write_config(config: &Config) -> Result<()> {
     let out_dir = &config.train.out_dir;
@@ -339,27 +344,24 @@ fn write_config(config: &Config) -> Result<()> {
     std::fs::write(&path, config.to_toml()).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// A sample, and for the built-in corpus how many of its sums are right.
-fn print_sample(model: &crate::model::Gpt, meta: &Meta, config: &Config, chosen: &Chosen) -> Result<()> {
-    use std::io::Write;
+/// A sample, until `stop`, and for the built-in corpus how many of its sums are right.
+fn print_sample(model: &Gpt, meta: &Meta, config: &Config, chosen: &Chosen, stop: &AtomicBool) -> Result<()> {
     let tokenizer = Tokenizer::from_meta(meta)?;
     let mut decoder = tokenizer.decoder();
     let mut text = String::new();
-    println!("---------------");
+    terminal::say("---------------");
     let sampling = Sampling { temperature: 0.8, top_k: 200, seed: config.train.seed };
     let prompt = tokenizer.encode("\n")?;
     generate(model, &prompt, config.train.sample_tokens, sampling, &chosen.device, |token| {
         let piece = decoder.push(token);
         text.push_str(&piece);
-        print!("{piece}");
-        let _ = std::io::stdout().flush();
-        true
+        matches!(terminal::stream(piece), Ok(true)) && !stop.load(Ordering::Relaxed)
     })?;
-    println!("{}\n---------------", decoder.finish());
+    terminal::say(format!("{}\n---------------", decoder.finish()));
     let (right, total) = corpus::check_answers(&text);
     if total > 0 {
-        println!("{right} of {total} answers right");
+        terminal::say(format!("{right} of {total} answers right"));
     }
-    println!("more: gpt-wgpu sample --out-dir {}", config.train.out_dir.display());
+    terminal::say(format!("more: gpt-wgpu sample --out-dir {}", config.train.out_dir.display()));
     Ok(())
 }

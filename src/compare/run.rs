@@ -39,10 +39,12 @@ impl Run {
                 Err(error) if error.is_eof() && i + 1 == lines.len() && !text.ends_with('\n') => break,
                 Err(error) => return Err(json_error(&error, name, i + 1)),
             };
-            let record = Record::deserialize(&value).map_err(|error| ReportError::Content {
-                file: format!("{name}:{}", i + 1),
-                message: format!("not a line of metrics.jsonl: {error}"),
-            })?;
+            let refused = |message| ReportError::Content { file: format!("{name}:{}", i + 1), message };
+            let record = Record::deserialize(&value)
+                .map_err(|error| refused(format!("not a line of metrics.jsonl: {error}")))?;
+            if let Some(ms) = record.ms.filter(|ms| *ms <= 0.0) {
+                return Err(refused(format!("`ms` is {ms}: a time must be above 0")));
+            }
             let infinite = ["loss", "train_loss", "val_loss"].iter().any(|key| value.get(key) == Some(&Value::Null));
             if infinite && run.not_finite.is_none() {
                 run.not_finite = Some(record.step);

@@ -12,7 +12,7 @@ use super::{each, filled, wide};
 use crate::ops::dropout::Dropout;
 
 /// Queries of a block.
-const BLOCK: usize = 64;
+pub const BLOCK: usize = 64;
 
 /// Sizes of one call.
 #[derive(Clone, Copy)]

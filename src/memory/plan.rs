@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use crate::config::Config;
+use crate::config::{Config, MOST_TOKENS};
 use crate::device::Chosen;
-use crate::kernel::{self, Variant};
-use crate::memory::{Estimate, LARGEST_BUFFER, Shape, estimate, largest};
+use crate::kernel::{self, Kernels};
+use crate::memory::{Engine, Estimate, LARGEST_BUFFER, Shape, estimate, evaluation, largest};
 use crate::model::GptConfig;
 use crate::precision::Dtype;
 use crate::recompute::Recompute;
@@ -27,8 +27,8 @@ pub struct Budget {
     pub f16: bool,
     /// Whether they can be f16.
     pub has_f16: bool,
-    /// The kernels that will run for f32 and for f16.
-    pub variants: [Option<Variant>; 2],
+    /// What will compute in f32 and in f16.
+    pub engines: [Engine; 2],
 }
 
 impl Budget {
@@ -53,8 +53,11 @@ impl Budget {
             pooled: chosen.adapter.is_some(),
             f16,
             has_f16: Dtype::F16.resolve(chosen, kernel::choice()).is_ok(),
-            variants: [false, true]
-                .map(|f16| chosen.adapter.as_ref().and_then(|_| kernel::chosen(&chosen.capabilities, f16))),
+            engines: [false, true].map(|f16| match &chosen.adapter {
+                Some(_) => kernel::chosen(&chosen.capabilities, f16).map_or(Engine::Composed, Engine::Kernels),
+                None if kernel::choice() == Kernels::Composed => Engine::Composed,
+                None => Engine::Loops(rayon::current_num_threads()),
+            }),
         }
     }
 }
@@ -91,7 +94,8 @@ impl<'a> Plan<'a> {
     }
 
     fn fits(&self, config: &Config, gpt: &GptConfig) -> bool {
-        is_within(&estimate(&shape(config, gpt, &self.budget)), &self.budget)
+        let is_counted = config.data.batch_size.checked_mul(gpt.block_size).is_some_and(|rows| rows <= MOST_TOKENS);
+        is_counted && is_within(&estimate(&shape(config, gpt, &self.budget)), &self.budget)
     }
 
     /// The largest batch_size that fits, where the device's memory is known and one does.
@@ -102,6 +106,24 @@ impl<'a> Plan<'a> {
             config.data.batch_size = batch_size;
             self.fits(&config, &self.gpt)
         })
+    }
+
+    /// Why not even an evaluation can be; None where it can or the device's memory is not known.
+    pub fn evaluation_refusal(&self) -> Option<String> {
+        let (needed, (largest, what)) = evaluation(&shape(self.config, &self.gpt, &self.budget));
+        let budget = &self.budget;
+        let why = match budget.bytes {
+            Some(bytes) if needed > bytes => {
+                format!("needs about {} and the device has {} ({})", mib(needed), mib(bytes), budget.source)
+            }
+            _ if budget.pooled && largest > budget.largest_buffer => format!(
+                "needs a buffer of {} ({what}) and the device's largest is {}",
+                mib(largest),
+                mib(budget.largest_buffer)
+            ),
+            _ => return None,
+        };
+        Some(format!("an evaluation {why}. A smaller batch_size needs less"))
     }
 
     /// Why the run cannot be, with what can; None where it fits or the device's memory is not known.
@@ -142,8 +164,8 @@ impl<'a> Plan<'a> {
 }
 
 fn shape(config: &Config, gpt: &GptConfig, budget: &Budget) -> Shape {
-    let variant = budget.variants[usize::from(budget.f16)];
-    Shape::of(config, gpt, budget.f16, variant, budget.pooled, budget.largest_buffer)
+    let engine = budget.engines[usize::from(budget.f16)];
+    Shape::of(config, gpt, budget.f16, engine, budget.pooled, budget.largest_buffer)
 }
 
 fn is_within(estimate: &Estimate, budget: &Budget) -> bool {
@@ -154,12 +176,14 @@ fn is_within(estimate: &Estimate, budget: &Budget) -> bool {
 /// The same tokens an iteration in smaller micro-batches.
 fn smaller_batch(plan: &Plan) -> Option<String> {
     let (batch, steps) = (plan.config.data.batch_size, plan.config.data.gradient_accumulation_steps);
-    let mut config = plan.config.clone();
-    let fitting = (1..batch).rev().filter(|smaller| (batch * steps).is_multiple_of(*smaller)).find(|&smaller| {
+    let fits = |smaller: usize| {
+        let mut config = plan.config.clone();
         config.data.batch_size = smaller;
-        config.data.gradient_accumulation_steps = batch * steps / smaller;
+        config.data.gradient_accumulation_steps = (batch * steps / smaller).max(2); // any number but 1 takes the same
         plan.fits(&config, &plan.gpt)
-    })?;
+    };
+    let most = largest(batch - 1, fits)?;
+    let fitting = (1..=most).rev().filter(|&smaller| (batch * steps).is_multiple_of(smaller)).find(|&it| fits(it))?;
     let steps = batch * steps / fitting;
     Some(format!("batch_size = {fitting} and gradient_accumulation_steps = {steps}, the same tokens an iteration"))
 }

@@ -34,11 +34,18 @@ struct Slice {
     used: bool,
 }
 
+/// A page, and how much of it nobody uses: a full one need not be looked through.
+#[derive(Debug)]
+struct Page {
+    slices: Vec<Slice>,
+    free: u64,
+}
+
 /// Pages of one size. A page that went back is None: the others keep their numbers.
 #[derive(Debug)]
 struct Sheaf {
     page_size: u64,
-    pages: Vec<Option<Vec<Slice>>>,
+    pages: Vec<Option<Page>>,
 }
 
 impl Sheaf {
@@ -52,30 +59,35 @@ impl Sheaf {
 
     /// The first fit in the pages held, else a new page: (page, offset).
     fn alloc(&mut self, size: u64) -> (usize, u64) {
+        let whole = size.next_multiple_of(ALIGNMENT);
         for (number, page) in self.pages.iter_mut().enumerate() {
-            if let Some(slices) = page {
+            if let Some(Page { slices, free }) = page
+                && *free >= whole
+            {
                 merge(slices);
                 if let Some(offset) = cut(slices, size) {
+                    *free -= whole;
                     return (number, offset);
                 }
             }
         }
         let mut slices = vec![Slice { offset: 0, size: self.page_size, padding: 0, used: false }];
         let offset = cut(&mut slices, size).unwrap_or(0);
-        self.pages.push(Some(slices));
+        self.pages.push(Some(Page { slices, free: self.page_size.saturating_sub(whole) }));
         (self.pages.len() - 1, offset)
     }
 
     fn free(&mut self, page: usize, offset: u64) {
-        let slices = self.pages[page].iter_mut().flatten();
-        if let Some(slice) = slices.into_iter().find(|slice| slice.offset == offset && slice.used) {
+        let Some(Page { slices, free }) = &mut self.pages[page] else { return };
+        if let Some(slice) = slices.iter_mut().find(|slice| slice.offset == offset && slice.used) {
             slice.used = false;
+            *free += slice.size + slice.padding;
         }
     }
 
     fn release_empty(&mut self) {
         for page in &mut self.pages {
-            if page.as_ref().is_some_and(|slices| slices.iter().all(|slice| !slice.used)) {
+            if page.as_ref().is_some_and(|page| page.slices.iter().all(|slice| !slice.used)) {
                 *page = None;
             }
         }

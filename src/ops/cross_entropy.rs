@@ -3,6 +3,10 @@
 //! When gradients are wanted they are made on the way (the loss is the end of the graph, its gradient is known up to a
 //! factor): three matrix products instead of four, and no second pass over the vocabulary.
 
+mod composed;
+
+use std::ops::Range;
+
 use burn::backend::{
     Autodiff, AutodiffBackend, Backend, Dispatch, Flex, TensorMetadata,
     autodiff::{
@@ -11,17 +15,15 @@ use burn::backend::{
         ops::{Backward, Ops, OpsKind},
     },
     backend_extension,
-    tensor::{FloatTensor, IndexingUpdateOp, IntTensor},
+    tensor::{FloatTensor, IntTensor},
 };
-use std::ops::Range;
-
-use burn::tensor::{DType, Int, Shape, Slice, Tensor};
+use burn::tensor::{DType, Int, Shape, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::linear::elem;
 use super::linear::{product::Product, tiles::Layout};
-use super::{Optional, flatten, gradient_scale};
-use crate::cpu;
+use super::{Optional, gradient_scale};
+use crate::cpu::{self, cross_entropy::Given};
 use crate::kernel::{self, Kernel, Variant, fold};
 
 /// A target that does not count, as in PyTorch's and nanoGPT's `ignore_index=-1`.
@@ -42,7 +44,7 @@ pub trait CrossEntropyOps: Backend {
         targets: IntTensor<Self>,
         #[extension_type] _scale: Optional<Self>,
     ) -> FloatTensor<Self> {
-        composed_loss::<Self>(x, w, targets)
+        composed::loss::<Self>(x, w, targets)
     }
 
     /// As [`CrossEntropyOps::cross_entropy`], and its gradients for a unit cotangent: (loss (1), dx (..., C), dw (V, C) f32).
@@ -52,133 +54,8 @@ pub trait CrossEntropyOps: Backend {
         targets: IntTensor<Self>,
         #[extension_type] scale: Optional<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        composed_gradients::<Self>(x, w, targets, scale)
+        composed::gradients::<Self>(x, w, targets, scale)
     }
-}
-
-/// The loss in Burn primitives, for the GPU path to fall back on; so are the gradients.
-fn composed_loss<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
-    let x = flatten::<B>(x);
-    let batch = Targets::<B>::new(targets, &x);
-    let losses =
-        chunks(x.shape()[0], w.shape()[0]).map(|rows| chunk_loss::<B>(&x, &w, &batch, &batch.count, rows).0).collect();
-    mean::<B>(losses, batch.count)
-}
-
-fn composed_gradients<B: Backend>(
-    x: FloatTensor<B>,
-    w: FloatTensor<B>,
-    targets: IntTensor<B>,
-    scale: Optional<B>,
-) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let shape = x.shape();
-    let x = flatten::<B>(x);
-    let batch = Targets::<B>::new(targets, &x);
-    let weight = B::float_recip(batch.count.clone());
-    let weight = match scale {
-        Optional::Present(scale) => {
-            let first = B::float_slice(scale, &[Slice::from(0..1)]);
-            B::float_mul(weight, B::float_reshape(first, Shape::new([1, 1])))
-        }
-        Optional::Absent => weight,
-    };
-    let (mut losses, mut dx, mut dw) = (Vec::new(), Vec::new(), None);
-    for rows in chunks(x.shape()[0], w.shape()[0]) {
-        let (loss, dlogits, x_rows) = chunk_loss::<B>(&x, &w, &batch, &weight, rows);
-        losses.push(loss);
-        // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
-        dx.push(B::float_matmul(dlogits.clone(), w.clone()));
-        let part = B::float_matmul(B::float_transpose(dlogits), x_rows);
-        dw = Some(match dw {
-            Some(sum) => B::float_add(sum, part),
-            None => part,
-        });
-    }
-    let dx = match dx.len() {
-        1 => dx.swap_remove(0),
-        _ => B::float_cat(dx, 0),
-    };
-    let dw = dw.unwrap_or_else(|| {
-        B::float_zeros(w.shape(), &w.device(), w.dtype().into()) // no rows at all
-    });
-    (mean::<B>(losses, batch.count), B::float_reshape(dx, shape), dw)
-}
-
-/// The targets, prepared once for all chunks.
-struct Targets<B: Backend> {
-    /// (rows, 1), every ignored target replaced by 0.
-    indices: IntTensor<B>,
-    /// (rows, 1): 1 where the target counts, 0 where it is ignored.
-    counts: FloatTensor<B>,
-    /// (1): how many count, at least 1.
-    count: FloatTensor<B>,
-}
-
-impl<B: Backend> Targets<B> {
-    fn new(targets: IntTensor<B>, like: &FloatTensor<B>) -> Self {
-        let rows = targets.shape().num_elements();
-        let targets = B::int_reshape(targets, Shape::new([rows, 1]));
-        // -1 -> 0, anything else -> 1, without a boolean tensor (a u32 each on wgpu)
-        let one_if_counted = B::int_clamp(B::int_add_scalar(targets.clone(), 1.into()), 0.into(), 1.into());
-        let counts = B::int_into_float(one_if_counted, like.dtype().into());
-        let count = B::float_clamp_min(B::float_sum(counts.clone()), 1.0.into());
-        Self {
-            indices: B::int_clamp_min(targets, 0.into()),
-            counts,
-            count: B::float_reshape(count, Shape::new([1, 1])),
-        }
-    }
-}
-
-/// The ranges of rows whose logits exist together.
-fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let chunk = chunk_rows(vocab, false, true, u64::MAX);
-    (0..rows).step_by(chunk).map(move |start| start..(start + chunk).min(rows))
-}
-
-/// The chunk's summed loss (1, 1), dlogits (rows, V) where a target weighs `weight` (1, 1), and x's rows.
-fn chunk_loss<B: Backend>(
-    x: &FloatTensor<B>,
-    w: &FloatTensor<B>,
-    batch: &Targets<B>,
-    weight: &FloatTensor<B>,
-    rows: std::ops::Range<usize>,
-) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let pick = |tensor: &FloatTensor<B>| {
-        let columns = tensor.shape()[1];
-        let slices = [Slice::from(rows.clone()), Slice::from(0..columns)];
-        B::float_slice(tensor.clone(), &slices)
-    };
-    let x = pick(x);
-    let counts = pick(&batch.counts);
-    let slices = [Slice::from(rows.clone()), Slice::from(0..1)];
-    let indices = B::int_slice(batch.indices.clone(), &slices);
-
-    let logits = B::float_matmul(x.clone(), B::float_transpose(w.clone()));
-    let max = B::float_max_dim(logits.clone(), 1);
-    let shifted = B::float_sub(logits, max);
-    let target = B::float_gather(1, shifted.clone(), indices.clone());
-    let exponentials = B::float_exp(shifted);
-    let sum = B::float_sum_dim(exponentials.clone(), 1);
-    let loss = B::float_sub(B::float_log(sum.clone()), target); // (rows, 1)
-    let loss = B::float_sum(B::float_mul(loss, counts.clone()));
-
-    // loss = Σ counts (log Σ exp(logits) - logits[target]) weight
-    //   =>  dlogits = (softmax(logits) - onehot(target)) counts weight
-    let weight = B::float_mul(counts, weight.clone());
-    let softmax = B::float_mul(exponentials, B::float_div(weight.clone(), sum));
-    let dlogits = B::float_scatter(1, softmax, indices, B::float_neg(weight), IndexingUpdateOp::Add);
-    (B::float_reshape(loss, Shape::new([1, 1])), dlogits, x)
-}
-
-/// Σ losses / count, (1).
-fn mean<B: Backend>(losses: Vec<FloatTensor<B>>, count: FloatTensor<B>) -> FloatTensor<B> {
-    let sum = losses.into_iter().reduce(B::float_add);
-    let mean = match sum {
-        Some(sum) => B::float_div(sum, count),
-        None => count,
-    };
-    B::float_reshape(mean, Shape::new([1]))
 }
 
 /// The targets on the host, where the CPU's loops serve the loss.
@@ -189,6 +66,12 @@ fn cpu_targets(x: &FloatTensor<Flex>, w: &FloatTensor<Flex>, targets: &IntTensor
     targets.clone().into_data().convert_dtype(DType::I64).try_into_vec().ok()
 }
 
+/// What the CPU's loops are given: tensors that are contiguous.
+fn given<'a>(x: &'a FloatTensor<Flex>, w: &'a FloatTensor<Flex>, targets: &'a [i64]) -> Given<'a> {
+    let [_, channels] = cpu::matrix(w);
+    Given { x: cpu::values(x), w: cpu::values(w), targets, channels }
+}
+
 impl CrossEntropyOps for Flex {
     fn cross_entropy(
         x: FloatTensor<Self>,
@@ -197,11 +80,10 @@ impl CrossEntropyOps for Flex {
         _scale: Optional<Self>,
     ) -> FloatTensor<Self> {
         let Some(ids) = cpu_targets(&x, &w, &targets) else {
-            return composed_loss::<Self>(x, w, targets);
+            return composed::loss::<Self>(x, w, targets);
         };
         let (x, w) = (cpu::contiguous(x), cpu::contiguous(w));
-        let [_, channels] = cpu::matrix(&w);
-        let (loss, _) = cpu::cross_entropy::loss(cpu::values(&x), cpu::values(&w), &ids, channels, None);
+        let loss = cpu::cross_entropy::loss(given(&x, &w, &ids));
         cpu::tensor(vec![loss], Shape::new([1]))
     }
 
@@ -212,17 +94,12 @@ impl CrossEntropyOps for Flex {
         scale: Optional<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let Some(ids) = cpu_targets(&x, &w, &targets) else {
-            return composed_gradients::<Self>(x, w, targets, scale);
+            return composed::gradients::<Self>(x, w, targets, scale);
         };
         let (x, w) = (cpu::contiguous(x), cpu::contiguous(w));
-        let [_, channels] = cpu::matrix(&w);
         let scale = scale.map(|scale| cpu::values(&cpu::contiguous(scale))[0]).unwrap_or(1.0);
-        match cpu::cross_entropy::loss(cpu::values(&x), cpu::values(&w), &ids, channels, Some(scale)) {
-            (loss, Some([dx, dw])) => {
-                (cpu::tensor(vec![loss], Shape::new([1])), cpu::tensor(dx, x.shape()), cpu::tensor(dw, w.shape()))
-            }
-            (_, None) => composed_gradients::<Self>(x, w, targets, Optional::Absent), // a scale always has them made
-        }
+        let (loss, [dx, dw]) = cpu::cross_entropy::loss_and_gradients(given(&x, &w, &ids), scale);
+        (cpu::tensor(vec![loss], Shape::new([1])), cpu::tensor(dx, x.shape()), cpu::tensor(dw, w.shape()))
     }
 }
 
@@ -342,7 +219,7 @@ impl CrossEntropyOps for CubeBackend {
         _scale: Optional<Self>,
     ) -> FloatTensor<Self> {
         let Some(variant) = variant(&x) else {
-            return composed_loss::<Self>(x, w, targets);
+            return composed::loss::<Self>(x, w, targets);
         };
         fused(variant, &into_contiguous(x), &into_contiguous(w), &into_contiguous(targets), None)
     }
@@ -354,7 +231,7 @@ impl CrossEntropyOps for CubeBackend {
         scale: Optional<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let Some(variant) = variant(&x) else {
-            return composed_gradients::<Self>(x, w, targets, scale);
+            return composed::gradients::<Self>(x, w, targets, scale);
         };
         let (x, w) = (into_contiguous(x), into_contiguous(w));
         let (dx, dw) = (kernel::empty_like(&x), kernel::empty_of(&x, w.meta.shape().clone(), DType::F32));

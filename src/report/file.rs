@@ -18,20 +18,20 @@ const ROUNDING: f64 = 1e-3;
 #[derive(Debug, Error)]
 pub enum ReportError {
     /// The file could not be read.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}: {error}")]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The file could not be written.
-    #[error("cannot write {path}: {source}")]
+    #[error("cannot write {path}: {error}")]
     Write {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The text is damaged JSON, or a value is missing or of the wrong type.
     #[error("{file}:{line}:{column}: {message}")]
@@ -115,7 +115,7 @@ impl BenchReport {
     /// # Errors
     /// When it cannot be read, is damaged (with line and column), has another schema or version, or contradicts itself.
     pub fn read(path: &Path) -> Result<Self, ReportError> {
-        let bytes = fs::read(path).map_err(|source| ReportError::Read { path: path.into(), source })?;
+        let bytes = fs::read(path).map_err(|error| ReportError::Read { path: path.into(), error })?;
         let name = path.display().to_string();
         Self::parse(&decode(bytes, &name)?, &name)
     }
@@ -164,7 +164,7 @@ impl BenchReport {
     /// # Errors
     /// When the report is one that [`Self::read`] would refuse, or the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), ReportError> {
-        fs::write(path, self.to_json()?).map_err(|source| ReportError::Write { path: path.into(), source })
+        fs::write(path, self.to_json()?).map_err(|error| ReportError::Write { path: path.into(), error })
     }
 
     /// What is wrong with the numbers, if anything.

@@ -8,6 +8,7 @@ use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
 use crate::checkpoint::read;
 use crate::config::OptimConfig;
+use crate::kernel::clock;
 use crate::model::Gpt;
 use crate::ops::adamw::{AdamW, Parameter, adamw, square_sums};
 use crate::ops::verdict::{self, Rules};
@@ -130,6 +131,11 @@ impl Optimizer {
         Self { moments: BTreeMap::new(), memory, dynamic_scale: f16 }
     }
 
+    /// Writes down the learning rate of the steps from now on where recorded launches look for it.
+    pub fn set_clock(config: &OptimConfig, lr: f64) {
+        clock::set_rates(lr as f32, verdict::keep(lr, config.weight_decay));
+    }
+
     /// Queues one update from the gradients and the `loss_sum` (1) of `parts` micro-batches, and returns the model.
     ///
     /// The gradients are divided by the loss scale and multiplied by min(1, grad_clip / (norm + 1e-6)) as PyTorch does;
@@ -149,6 +155,7 @@ impl Optimizer {
         let rules = Rules {
             grad_clip: config.grad_clip,
             lr,
+            weight_decay: config.weight_decay,
             beta1: config.beta1,
             beta2: config.beta2,
             dynamic_scale: self.dynamic_scale,
@@ -159,8 +166,7 @@ impl Optimizer {
         let memory = std::mem::replace(&mut self.memory, loss_sum.clone());
         let (memory, verdict) = verdict::verdict(sums, loss_sum, memory, rules);
         self.memory = memory;
-        let &OptimConfig { beta1, beta2, weight_decay, .. } = config;
-        let hyper = AdamW { lr, beta1, beta2, eps: EPSILON, weight_decay };
+        let hyper = AdamW { beta1: config.beta1, beta2: config.beta2, eps: EPSILON };
         // Out of the model, so that nobody else holds them and they are rewritten in place.
         let mut take =
             Take { moments: &mut self.moments, gradients: gradients.sum, names: Vec::new(), taken: Vec::new() };

@@ -193,9 +193,9 @@ fn three_steps() -> Vec<f32> {
     let batch = |position: u64| {
         let (mut random, count) = (Random(position + 1), config.data.batch_size * config.model.block_size);
         let mut draw = || (0..count).map(|_| random.below(VOCABULARY) as i32).collect();
-        Ok(train::upload(&Batch { x: draw(), y: draw() }, config.data.batch_size, &device))
+        Ok(Batch { x: draw(), y: draw() })
     };
-    let step = Step { config: &config, batch: &batch };
+    let step = Step { config: &config, device: &device, batch: &batch };
     let mut model = Gpt::init(&config.gpt(VOCABULARY), 7, &device);
     let (mut optimizer, mut position, mut values) = (Optimizer::new(false, &inner), 0, Values::default());
     for _ in 0..3 {

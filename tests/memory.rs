@@ -248,8 +248,8 @@ fn after_steps(chosen: &Chosen, gpt: &GptConfig, config: &Config, f16: bool, ste
     let device = chosen.device.clone().autodiff();
     let (batch_size, time) = (config.data.batch_size, gpt.block_size);
     let tokens: Vec<i32> = (0..batch_size * time).map(|i| (i * 7 % gpt.vocab_size) as i32).collect();
-    let batch = |_| Ok(upload(&Batch { x: tokens.clone(), y: tokens.clone() }, batch_size, &device));
-    let step = Step { config, batch: &batch };
+    let batch = |_| Ok(Batch { x: tokens.clone(), y: tokens.clone() });
+    let step = Step { config, device: &device, batch: &batch };
     let mut model = Gpt::init(gpt, 1, &device);
     model.f16 = f16;
     let (mut optimizer, mut position) = (Optimizer::new(f16, &chosen.device), 0);

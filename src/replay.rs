@@ -83,6 +83,11 @@ impl<'a> Replay<'a> {
         }
     }
 
+    /// Whether the next step is a replay.
+    pub fn is_recorded(&self) -> bool {
+        matches!(self.state, State::Recorded(_))
+    }
+
     /// Gives the recording's memory back. To be called before anything else than steps is done on the device.
     pub fn forget(&mut self) {
         self.state = match std::mem::replace(&mut self.state, State::Direct) {

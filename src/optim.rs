@@ -8,7 +8,6 @@ use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
 use crate::checkpoint::read;
 use crate::config::OptimConfig;
-use crate::kernel::clock;
 use crate::model::Gpt;
 use crate::ops::adamw::{AdamW, Parameter, adamw, square_sums};
 use crate::ops::verdict::{self, Rules};
@@ -129,11 +128,6 @@ impl Optimizer {
         memory[HAS_SCALE] = f32::from(f16);
         let memory = Tensor::from_data(TensorData::new(memory, [verdict::state::SIZE]), device);
         Self { moments: BTreeMap::new(), memory, dynamic_scale: f16 }
-    }
-
-    /// Writes down the learning rate of the steps from now on where recorded launches look for it.
-    pub fn set_clock(config: &OptimConfig, lr: f64) {
-        clock::set_rates(lr as f32, verdict::keep(lr, config.weight_decay));
     }
 
     /// Queues one update from the gradients and the `loss_sum` (1) of `parts` micro-batches, and returns the model.

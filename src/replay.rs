@@ -180,6 +180,7 @@ impl<'a> Replay<'a> {
                 *position += recording.inputs.batches.len() as u64;
                 // Else it did this step's work, but would not do the next one's.
                 if in_place {
+                    tracing::debug!("a step is recorded, and replayed from now on");
                     self.state = State::Recorded(recording);
                 } else {
                     tracing::warn!("no recorded steps: a step left a parameter or a moment elsewhere than it found it");
@@ -187,7 +188,8 @@ impl<'a> Replay<'a> {
                 Ok(model)
             }
             Err(error) if in_place => {
-                // Nothing was run, and everything is where it was.
+                // Nothing was run, and everything is where it was. Had the clock been written in the recording, it would be spoiled.
+                clock::rewrite();
                 tracing::warn!("no recorded steps: a recording failed ({})", first_lines(&error.to_string()));
                 drop(inputs);
                 self.direct(model, optimizer, position, lr)

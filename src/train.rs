@@ -283,7 +283,7 @@ impl Step<'_> {
     /// Writes down what the launches of a step from `position` on, recorded ones too, do not have in their parameters.
     pub fn set_clock(&self, position: u64, lr: f64) {
         clock::set_step(position as u32);
-        Optimizer::set_clock(&self.config.optim, lr);
+        verdict::set_rates(lr, self.config.optim.weight_decay);
     }
 
     /// [`Step::run`]'s launches, on the i-th of its micro-batches as `batch` gives it.

@@ -5,7 +5,7 @@ mod common;
 use std::collections::{BTreeMap, HashSet};
 use std::process::Command;
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Tensor};
 use common::guarded::primitive;
 use common::*;
 use gpt_wgpu::checkpoint::read;

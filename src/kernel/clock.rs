@@ -22,8 +22,8 @@ const KEEP: usize = 2;
 thread_local! {
     /// What this thread's launches go by.
     static NOW: Cell<[u32; WORDS]> = const { Cell::new([0; WORDS]) };
-    /// The clock of each device that this thread launches on, with what was last written into it.
-    static CLOCKS: RefCell<Vec<(CubeDevice, Handle, [u32; WORDS])>> = const { RefCell::new(Vec::new()) };
+    /// The clock of each device that this thread launches on, with what was last written into it, where that counts.
+    static CLOCKS: RefCell<Vec<(CubeDevice, Handle, Option<[u32; WORDS]>)>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Sets the step that this thread's launches count from.
@@ -53,20 +53,25 @@ pub fn distance(step: u32) -> u32 {
     step.wrapping_sub(NOW.get()[STEP])
 }
 
+/// Lets this thread's clocks be written again before they are read, whatever stands in them.
+pub fn rewrite() {
+    CLOCKS.with_borrow_mut(|clocks| clocks.iter_mut().for_each(|(_, _, written)| *written = None));
+}
+
 /// The buffer of `device`'s clock, written first where it is behind: behind all that was queued before, ahead of what follows.
 pub fn buffer(client: &Client, device: &CubeDevice) -> Handle {
     let now = NOW.get();
     let bytes = || now.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<_>>();
     CLOCKS.with_borrow_mut(|clocks| {
         if let Some((_, handle, written)) = clocks.iter_mut().find(|(other, ..)| other == device) {
-            if *written != now {
+            if *written != Some(now) {
                 client.write(handle, Bytes::from_bytes_vec(bytes()));
-                *written = now;
+                *written = Some(now);
             }
             return handle.clone();
         }
         let handle = client.create_from_slice(&bytes());
-        clocks.push((device.clone(), handle.clone(), now));
+        clocks.push((device.clone(), handle.clone(), Some(now)));
         handle
     })
 }

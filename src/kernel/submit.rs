@@ -99,7 +99,7 @@ mod tests {
         assert_eq!([1, 2, 3, 6, 64].map(|count| heaviest(&works, count)), [10.0, 10.0, 14.0, 22.0, 22.0]);
         assert_eq!(heaviest(&[], 64), 0.0);
         is_full(7.0, 0, f64::INFINITY);
-        assert_eq!(weighed(|| ()).1, [], "a launch outside");
+        assert!(weighed(|| ()).1.is_empty(), "a launch outside");
     }
 
     #[test]

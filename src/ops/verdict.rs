@@ -85,11 +85,6 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// What parameters that decay are multiplied by.
-    pub fn keep(&self) -> f32 {
-        keep(self.lr, self.weight_decay)
-    }
-
     /// The words of the kernel's parameters behind the number of sums. The learning rate stands in the [`clock`].
     pub fn params(&self) -> [u32; 6] {
         [
@@ -104,8 +99,13 @@ impl Rules {
 }
 
 /// What parameters that decay are multiplied by: made in f64, used in f32.
-pub fn keep(lr: f64, weight_decay: f64) -> f32 {
+fn keep(lr: f64, weight_decay: f64) -> f32 {
     (1.0 - lr * weight_decay) as f32
+}
+
+/// Sets the learning rate of this thread's verdicts from now on, recorded ones too, in the [`clock`].
+pub fn set_rates(lr: f64, weight_decay: f64) {
+    clock::set_rates(lr as f32, keep(lr, weight_decay));
 }
 
 /// What is remembered before the first step.
@@ -177,7 +177,7 @@ pub fn judge(square_sum: f32, loss: f32, memory: &mut [f32], rules: &Rules) -> [
         f32::from(applied),
         rules.lr as f32 / one_minus_exp(t * beta1),
         one_minus_exp(t * beta2).sqrt().recip(),
-        rules.keep(),
+        keep(rules.lr, rules.weight_decay),
     ]
 }
 
@@ -240,7 +240,7 @@ fn make() -> Kernel {
 pub fn launch(sums: &CubeTensor, loss: &CubeTensor, memory: &CubeTensor, verdict: &CubeTensor, rules: &Rules) {
     let mut params = vec![sums.meta.shape().num_elements() as u32];
     params.extend(rules.params());
-    clock::set_rates(rules.lr as f32, rules.keep());
+    set_rates(rules.lr, rules.weight_decay);
     kernel().launch((1, 1, 1), &[sums, loss, memory, verdict], &params);
 }
 

@@ -11,6 +11,7 @@ mod linear;
 mod verdict;
 
 use gpt_wgpu::kernel::{Kernel, clock};
+use gpt_wgpu::ops::verdict::set_rates;
 use half::f16;
 
 /// The step that the cases' uniforms count from.
@@ -19,7 +20,7 @@ const CLOCK: u32 = 3;
 /// Every case of every operation, with the clock at [`CLOCK`] where a kernel has one.
 pub fn all() -> Vec<Case> {
     clock::set_step(CLOCK);
-    clock::set_rates(verdict::RULES.lr as f32, verdict::RULES.keep());
+    set_rates(verdict::RULES.lr, verdict::RULES.weight_decay);
     let words = clock::words().map(f64::from);
     let mut cases = [
         attention::cases(),

@@ -131,7 +131,7 @@ impl<'a> Replay<'a> {
         inputs.set_clock(self.step, *position, lr);
         let (done, works) =
             kernel::weighed(|| self.step.work(model, optimizer, *position, lr, |i| Ok(inputs.batch(i))));
-        let (model, _) = done?;
+        let (model, _) = done.inspect_err(|_| unprepare(&inputs.client))?;
         *position += inputs.batches.len() as u64;
 
         let (heaviest, limit) = (kernel::heaviest(&works, TASKS_MAX), inputs.work_limit);

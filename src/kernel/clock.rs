@@ -22,8 +22,15 @@ const KEEP: usize = 2;
 thread_local! {
     /// What this thread's launches go by.
     static NOW: Cell<[u32; WORDS]> = const { Cell::new([0; WORDS]) };
-    /// The clock of each device that this thread launches on, with what was last written into it, where that counts.
-    static CLOCKS: RefCell<Vec<(CubeDevice, Handle, Option<[u32; WORDS]>)>> = const { RefCell::new(Vec::new()) };
+    /// The clock of each device that this thread launches on.
+    static CLOCKS: RefCell<Vec<Clock>> = const { RefCell::new(Vec::new()) };
+}
+
+struct Clock {
+    device: CubeDevice,
+    buffer: Handle,
+    /// What was last written into it, where that counts.
+    written: Option<[u32; WORDS]>,
 }
 
 /// Sets the step that this thread's launches count from.
@@ -55,7 +62,7 @@ pub fn distance(step: u32) -> u32 {
 
 /// Lets this thread's clocks be written again before they are read, whatever stands in them.
 pub fn rewrite() {
-    CLOCKS.with_borrow_mut(|clocks| clocks.iter_mut().for_each(|(_, _, written)| *written = None));
+    CLOCKS.with_borrow_mut(|clocks| clocks.iter_mut().for_each(|clock| clock.written = None));
 }
 
 /// The buffer of `device`'s clock, written first where it is behind: behind all that was queued before, ahead of what follows.
@@ -63,16 +70,16 @@ pub fn buffer(client: &Client, device: &CubeDevice) -> Handle {
     let now = NOW.get();
     let bytes = || now.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<_>>();
     CLOCKS.with_borrow_mut(|clocks| {
-        if let Some((_, handle, written)) = clocks.iter_mut().find(|(other, ..)| other == device) {
-            if *written != Some(now) {
-                client.write(handle, Bytes::from_bytes_vec(bytes()));
-                *written = Some(now);
+        if let Some(clock) = clocks.iter_mut().find(|clock| clock.device == *device) {
+            if clock.written != Some(now) {
+                client.write(&clock.buffer, Bytes::from_bytes_vec(bytes()));
+                clock.written = Some(now);
             }
-            return handle.clone();
+            return clock.buffer.clone();
         }
-        let handle = client.create_from_slice(&bytes());
-        clocks.push((device.clone(), handle.clone(), Some(now)));
-        handle
+        let buffer = client.create_from_slice(&bytes());
+        clocks.push(Clock { device: device.clone(), buffer: buffer.clone(), written: Some(now) });
+        buffer
     })
 }
 

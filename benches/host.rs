@@ -16,7 +16,8 @@ use gpt_wgpu::kernel::{self, Capabilities, Kernels, SUBGROUP_SIZE};
 use gpt_wgpu::model::Gpt;
 use gpt_wgpu::optim::Optimizer;
 use gpt_wgpu::precision::Dtype;
-use gpt_wgpu::train::{self, Step};
+use gpt_wgpu::replay::Replay;
+use gpt_wgpu::train::Step;
 
 const WARMUP: usize = 5;
 /// Steps that are timed, where nobody asks for another number.
@@ -36,26 +37,27 @@ fn main() -> Result<()> {
     let mut model = Gpt::init(&config.gpt(vocabulary), config.train.seed, &device);
     model.f16 = f16;
     let tokens = vec![0; config.data.batch_size * config.model.block_size];
-    let batch = train::upload(&Batch { x: tokens.clone(), y: tokens }, config.data.batch_size, &device);
-    let batch = |_| Ok(batch.clone());
-    let step = Step { config: &config, batch: &batch };
-    let (mut optimizer, mut position, mut samples) = (Optimizer::new(f16, &inner), 0, Vec::new());
-    for i in 0..WARMUP + steps {
-        let started = Instant::now();
-        let (updated, _) = step.run(model, &mut optimizer, &mut position, 1e-3)?;
-        model = updated;
-        gpt_wgpu::device::wait(&inner)?;
-        if i >= WARMUP {
-            samples.push(started.elapsed().as_secs_f64() * 1e3);
+    let batch = |_| Ok(Batch { x: tokens.clone(), y: tokens.clone() });
+    let step = Step { config: &config, device: &device, batch: &batch };
+    let (mut optimizer, mut position) = (Optimizer::new(f16, &inner), 0);
+    for (what, replayed) in [("made anew", false), ("replayed", true)] {
+        let (mut replay, mut samples) = (Replay::new(&step, replayed), Vec::new());
+        for i in 0..WARMUP + steps {
+            let started = Instant::now();
+            model = replay.advance(model, &mut optimizer, &mut position, 1e-3)?;
+            gpt_wgpu::device::wait(&inner)?;
+            if i >= WARMUP {
+                samples.push(started.elapsed().as_secs_f64() * 1e3);
+            }
         }
+        samples.sort_by(f64::total_cmp);
+        println!(
+            "{path}: {:.2} ms of host time a step, {what}, median of {steps} ({:.2} to {:.2})",
+            samples[steps / 2],
+            samples[0],
+            samples[steps - 1]
+        );
     }
-    samples.sort_by(f64::total_cmp);
-    println!(
-        "{path}: {:.2} ms of host time a step, median of {steps} ({:.2} to {:.2})",
-        samples[steps / 2],
-        samples[0],
-        samples[steps - 1]
-    );
     Ok(())
 }
 

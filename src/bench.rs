@@ -1,7 +1,7 @@
 //! One measurement of training speed as a report: warm-up, timed iterations, and what they are set against.
 //!
-//! What is timed is [`train::Step`], the step that training repeats, with batches that lie on the device already. Each
-//! sample is one iteration by the host's clock, the device waited for, as docs/bench-schema.md wants it.
+//! What is timed is [`Replay::advance`], the step that training repeats, with batches that are made already. Each sample is one
+//! iteration by the host's clock, the device waited for, as docs/bench-schema.md wants it.
 
 mod energy;
 mod peak;
@@ -9,12 +9,10 @@ mod peak;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use burn::tensor::{Int, Tensor};
 
 pub use energy::Meter;
 pub use peak::{Peak, bandwidth, matrix, published};
 
-use crate::checkpoint::read;
 use crate::config::Config;
 use crate::data::{Batch, Dataset, Split};
 use crate::device::{self, Chosen, wait};
@@ -23,10 +21,11 @@ use crate::model::{Gpt, GptConfig};
 use crate::ops::linear::Gelu;
 use crate::optim::{self, Optimizer};
 use crate::profile::{self, Profile};
+use crate::replay::Replay;
 use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, Mfu, Op, Timer};
 use crate::rng;
 use crate::startup;
-use crate::train::{self, Step};
+use crate::train::Step;
 use crate::warmup;
 
 /// What to measure. The kernels are the process's choice ([`kernel::choose`]).
@@ -63,10 +62,10 @@ const BATCHES: u64 = 8;
 pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
     let Bench { config, chosen, .. } = bench;
     let device = chosen.device.clone().autodiff();
-    let batches = (0..BATCHES).map(|position| tokens(bench, position, &device)).collect::<Result<Vec<_>>>()?;
+    let batches = (0..BATCHES).map(|position| tokens(bench, position)).collect::<Result<Vec<_>>>()?;
     startup::part("batches");
-    let batch = |position: u64| -> Result<_> { Ok(batches[(position % BATCHES) as usize].clone()) };
-    let step = Step { config, batch: &batch };
+    let batch = |position: u64| Ok(batches[(position % BATCHES) as usize].clone());
+    let step = Step { config, device: &device, batch: &batch };
     let mut model = Gpt::init(&bench.gpt, config.train.seed, &device);
     model.f16 = bench.f16;
     startup::part("weights");
@@ -74,6 +73,7 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
         (Optimizer::for_micro_batches(config.data.gradient_accumulation_steps, bench.f16, &chosen.device), 0);
     let compiled = warmup::compile(&chosen.device, || step.kernels(&model, &optimizer, position))?;
     startup::part("compiling");
+    let mut replay = Replay::new(&step, config.train.replay);
     let (mut samples, mut losses) = (Vec::new(), Vec::new());
     let (mut first_step, mut memory) = (None, None);
     let mut meter = Meter::of(chosen);
@@ -83,8 +83,7 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
         }
         let started = Instant::now();
         let lr = optim::learning_rate(&config.optim, iter as u64);
-        let (updated, loss_sum) = step.run(model, &mut optimizer, &mut position, lr)?;
-        model = updated;
+        model = replay.advance(model, &mut optimizer, &mut position, lr)?;
         wait(&chosen.device)?;
         let ms = started.elapsed().as_secs_f64() * 1e3;
         if first_step.is_none() {
@@ -94,14 +93,13 @@ pub fn run(bench: &Bench) -> Result<(BenchReport, Option<Profile>)> {
         }
         if iter >= bench.warmup {
             samples.push(ms);
-            losses.push(loss_sum);
+            losses.push(optimizer.last_step()?.loss);
             memory = memory.max(chosen.device.memory_pool_usage().map(|usage| usage.bytes_reserved));
         }
     }
     drop(compiled);
     let energy = meter.stop(bench.iters, config.tokens_per_iter());
-    let mean = |sum| f64::from(sum) / config.data.gradient_accumulation_steps as f64;
-    let losses: Vec<f64> = read(Tensor::cat(losses, 0))?.into_iter().map(mean).collect();
+    replay.forget();
     let last = optimizer.last_step()?;
     let bad_loss = losses.iter().find(|loss| !loss.is_finite()).map(|&loss| ("a loss", loss));
     // A step whose gradients are not finite makes no update, and is none whose time counts.
@@ -166,10 +164,10 @@ fn ops(profile: &Profile) -> Vec<Op> {
     profile.rows.iter().map(op).collect()
 }
 
-/// tokens and targets, each (B, T), of one micro-batch.
-fn tokens(bench: &Bench, position: u64, device: &burn::tensor::Device) -> Result<(Tensor<2, Int>, Tensor<2, Int>)> {
+/// tokens and targets of one micro-batch.
+fn tokens(bench: &Bench, position: u64) -> Result<Batch> {
     let (seed, batch_size, time) = (bench.config.train.seed, bench.config.data.batch_size, bench.gpt.block_size);
-    let batch = match bench.data {
+    Ok(match bench.data {
         Some(data) => data.batch(Split::Train, seed, position, batch_size, time)?,
         None => {
             let mut stream = rng::Stream::new(seed, rng::site::DATA_TRAIN);
@@ -180,8 +178,7 @@ fn tokens(bench: &Bench, position: u64, device: &burn::tensor::Device) -> Result
                 || (0..count).map(|_| rng::uniform_u64(stream.next_u64(), vocabulary) as i32).collect::<Vec<_>>();
             Batch { x: draw(), y: draw() }
         }
-    };
-    Ok(train::upload(&batch, batch_size, device))
+    })
 }
 
 /// The element type of the matrix products, and what it leaves out.

@@ -194,6 +194,9 @@ pub struct TrainConfig {
     /// Activations that the backward computes again instead of keeping: none, attention_mlp (all but each half block's input) or block (all but each block's input); either costs a second forward of the blocks, up to a third of a step's time, and gives the same numbers to the bit
     #[arg(long, value_enum, default_value_t = Self::default().recompute)]
     pub recompute: Recompute,
+    /// Record a step's launches once and replay them (true), which takes a tenth of the host's time, or make them anew in every step (false): the numbers are the same to the bit
+    #[arg(long, default_value_t = Self::default().replay, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = parse_bool, action = clap::ArgAction::Set)]
+    pub replay: bool,
     /// Start from: scratch, resume (the last checkpoint in out_dir), or a checkpoint's folder
     #[arg(long, default_value_t = Self::default().init_from)]
     pub init_from: String,
@@ -231,6 +234,7 @@ impl Default for TrainConfig {
             kernels: Kernels::Auto,
             dtype: Dtype::Auto,
             recompute: Recompute::None,
+            replay: true,
             init_from: "scratch".into(),
             seed: 1337,
             max_iters: 600_000,

@@ -277,7 +277,7 @@ fn find(api: Api, index: Option<usize>) -> Result<(wgpu::Instance, wgpu::Adapter
 
 /// Launches that CubeCL submits at once, twice its own number: a submit costs the host as much as ten launches.
 /// [`kernel::submit_limit`] submits earlier where launches are large.
-const TASKS_MAX: usize = 64;
+pub const TASKS_MAX: usize = 64;
 
 /// Burn on a device of wgpu's that was made elsewhere.
 ///

@@ -75,7 +75,7 @@ impl DeviceError {
 }
 
 /// An error's text up to its backtrace, in one line.
-fn first_lines(text: &str) -> String {
+pub(crate) fn first_lines(text: &str) -> String {
     let text = text.split("Backtrace").next().unwrap_or_default();
     let text = text.split("backtrace:").next().unwrap_or_default();
     text.split_whitespace().collect::<Vec<_>>().join(" ").trim_end_matches([',', ' ']).to_string()

@@ -4,12 +4,13 @@
 //! every file under `wgsl/` stays plain WGSL. Sizes that change from call to call travel in one uniform, bound last: only a
 //! uniform is uniform enough for cooperative matrices, and CubeCL caches it by value.
 
+pub mod clock;
 pub mod lanes;
 mod made;
 pub mod slots;
 mod submit;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -17,7 +18,7 @@ use burn::tensor::DType;
 use burn_cubecl::{CubeDevice, tensor::CubeTensor};
 use cubecl::{
     CubeKernel,
-    ir::metadata::Info,
+    ir::{attributes::BufferIOAttr, metadata::Info},
     prelude::*,
     server::{KernelArguments, MetadataBindingInfo},
 };
@@ -26,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::{profile, startup};
 
 pub use made::Made;
-pub use submit::{begin_step, limit as submit_limit};
+pub use submit::{begin_step, heaviest, limit as submit_limit, weighed};
 
 /// The text of a kernel and the size of its workgroup. The entry point is `main`. A clone costs next to nothing.
 #[derive(Clone, Debug)]
@@ -46,6 +47,8 @@ struct Source {
     header: String,
     files: Vec<&'static str>,
     workgroup: (u32, u32, u32),
+    /// Whether the clock is bound behind the tensors: where a file declares it.
+    clocked: bool,
     /// Of name and header, which seldom leave anything else to tell apart.
     hash: u64,
 }
@@ -67,6 +70,9 @@ pub struct Work {
     pub epilogue: &'static str,
 }
 
+/// How a kernel declares the [`clock`].
+const CLOCK: &str = "var<storage, read_write> clock: array<u32>";
+
 /// The random generator, which is written over a multiplication that devices have or have not.
 pub const PHILOX: &str = include_str!("../wgsl/philox.wgsl");
 
@@ -75,7 +81,8 @@ impl Kernel {
     pub fn new(name: &'static str, header: String, files: Vec<&'static str>, workgroup: (u32, u32, u32)) -> Self {
         let mut hasher = DefaultHasher::new();
         (name, &header).hash(&mut hasher);
-        let source = Arc::new(Source { name, header, files, workgroup, hash: hasher.finish() });
+        let clocked = files.iter().any(|file| file.contains(CLOCK));
+        let source = Arc::new(Source { name, header, files, workgroup, clocked, hash: hasher.finish() });
         Self { source, int64: false, work: Work::default() }
     }
 
@@ -102,6 +109,11 @@ impl Kernel {
     /// Threads of a workgroup.
     pub fn workgroup(&self) -> (u32, u32, u32) {
         self.source.workgroup
+    }
+
+    /// Whether the kernel reads the [`clock`], which a launch binds behind the tensors.
+    pub fn is_clocked(&self) -> bool {
+        self.source.clocked
     }
 
     /// The whole WGSL text that is compiled.
@@ -143,7 +155,8 @@ impl Kernel {
         Ok(sizes.sum())
     }
 
-    /// Queues one launch over `grid` workgroups: `tensors` are bound at 0, 1, 2, ... and `params` (32-bit words) last.
+    /// Queues one launch over `grid` workgroups: `tensors` are bound at 0, 1, 2, ..., behind them the [`clock`] where the kernel
+    /// has one, and `params` (32-bit words) last.
     ///
     /// The caller guarantees what the kernel's file states of its bindings: CubeCL's WGSL path checks no bounds.
     pub fn launch(self, grid: (u32, u32, u32), tensors: &[&CubeTensor], params: &[u32]) {
@@ -156,15 +169,24 @@ impl Kernel {
         if NOTED.with_borrow_mut(|noted| noted.as_mut().map(|noted| noted.push(kernel.clone()))).is_some() {
             return;
         }
-        let buffers = tensors.iter().map(|t| t.handle.clone().binding()).collect();
-        let mut arguments = KernelArguments::new().with_buffers(buffers);
-        arguments.info = MetadataBindingInfo::custom(pack(params));
+        let clock = kernel.is_clocked().then(|| clock::buffer(client, &tensors[0].device).binding());
+        let buffers = tensors.iter().map(|t| t.handle.clone().binding()).chain(clock);
+        let info = MetadataBindingInfo::custom(pack(params));
+        let count = CubeCount::Static(grid.0, grid.1, grid.2);
+        if RECORDING.get() {
+            let arguments = buffers.fold(KernelArguments::new(), |arguments, buffer| {
+                arguments.with_buffer_io(buffer, BufferIOAttr::ReadOnly)
+            });
+            client.launch(Box::new(kernel), count, arguments.with_info(info));
+            return;
+        }
+        let arguments = KernelArguments::new().with_buffers(buffers.collect()).with_info(info);
         let bytes = tensors.iter().map(|t| t.meta.shape().num_elements() * t.dtype.size()).sum();
         if submit::is_full(kernel.work.flops, bytes, submit_limit) {
             // What fails here fails at the next read or wait too.
             let _ = client.flush();
         }
-        let launch = |kernel| client.launch(Box::new(kernel), CubeCount::Static(grid.0, grid.1, grid.2), arguments);
+        let launch = |kernel| client.launch(Box::new(kernel), count, arguments);
         if startup::is_first(&kernel) {
             startup::compile(client, &kernel.clone(), || launch(kernel));
         } else if profile::is_on() {
@@ -178,6 +200,24 @@ impl Kernel {
 thread_local! {
     /// The kernels that this thread was asked to launch, while they are only noted.
     static NOTED: RefCell<Option<Vec<Kernel>>> = const { RefCell::new(None) };
+    /// Whether CubeCL records what this thread launches.
+    static RECORDING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What `work` gives, whose launches CubeCL records and does not run. So nothing is submitted meanwhile, and all buffers are
+/// declared as read only: should the recording come to nothing, CubeCL is not to take those for spoiled that it never wrote, the
+/// parameters among them.
+pub fn recorded<T>(work: impl FnOnce() -> T) -> T {
+    /// Ends it, also where the work panics.
+    struct Recording;
+    impl Drop for Recording {
+        fn drop(&mut self) {
+            RECORDING.set(false);
+        }
+    }
+    RECORDING.set(true);
+    let _recording = Recording;
+    work()
 }
 
 /// What `work` gives, and the kernels that it launches on this thread, in their order. None of them runs, so the tensors that they
@@ -353,6 +393,11 @@ pub fn register(device: CubeDevice, capabilities: Capabilities, submit_limit: f6
 /// The capabilities of a tensor's device; nothing special where it was opened by other means than [`crate::device`].
 pub fn capabilities(tensor: &CubeTensor) -> Capabilities {
     with_capabilities(tensor, Capabilities::clone)
+}
+
+/// Operations that a tensor's device may be given at once ([`submit_limit`]).
+pub fn work_limit(tensor: &CubeTensor) -> f64 {
+    with_device(tensor, |device| device.map_or(f64::INFINITY, |device| device.submit_limit))
 }
 
 /// Bytes of the largest buffer that can be bound on a tensor's device.

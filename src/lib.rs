@@ -47,6 +47,8 @@ pub mod prepare;
 pub mod profile;
 /// The gradients of one micro-step, with activations kept or computed again.
 pub mod recompute;
+/// Training steps that are recorded once and replayed.
+pub mod replay;
 /// One measurement as a versioned JSON report.
 pub mod report;
 /// Random numbers as a function of where they are used.

@@ -149,6 +149,7 @@ impl Optimizer {
         let rules = Rules {
             grad_clip: config.grad_clip,
             lr,
+            weight_decay: config.weight_decay,
             beta1: config.beta1,
             beta2: config.beta2,
             dynamic_scale: self.dynamic_scale,
@@ -159,8 +160,7 @@ impl Optimizer {
         let memory = std::mem::replace(&mut self.memory, loss_sum.clone());
         let (memory, verdict) = verdict::verdict(sums, loss_sum, memory, rules);
         self.memory = memory;
-        let &OptimConfig { beta1, beta2, weight_decay, .. } = config;
-        let hyper = AdamW { lr, beta1, beta2, eps: EPSILON, weight_decay };
+        let hyper = AdamW { beta1: config.beta1, beta2: config.beta2, eps: EPSILON };
         // Out of the model, so that nobody else holds them and they are rewritten in place.
         let mut take =
             Take { moments: &mut self.moments, gradients: gradients.sum, names: Vec::new(), taken: Vec::new() };

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::data::{Batch, Dataset, Split};
 use crate::device;
 use crate::failure;
-use crate::kernel::{self, Kernel};
+use crate::kernel::{self, Kernel, clock};
 use crate::metrics::{NANOGPT_PEAK, Record, Reporter};
 use crate::model::{Gpt, GptConfig, Scale};
 use crate::ops::adamw;
@@ -22,6 +22,7 @@ use crate::ops::verdict;
 use crate::optim::{self, GradientSum, LastStep, Optimizer};
 use crate::profile;
 use crate::recompute;
+use crate::replay::Replay;
 use crate::startup;
 use crate::warmup;
 
@@ -92,14 +93,13 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
     let mut report = Reporter::new(out_dir, state.step, max_iters, run.quiet)?;
     let tokenizer = run.tokenizer.as_deref();
     let (seed, batch_size) = (config.train.seed, config.data.batch_size);
-    let batch = |position| -> Result<_> {
-        let batch = run.data.batch(Split::Train, seed, position, batch_size, config.model.block_size)?;
-        Ok(upload(&batch, batch_size, &device))
-    };
-    let step = Step { config, batch: &batch };
+    let batch = |position| Ok(run.data.batch(Split::Train, seed, position, batch_size, config.model.block_size)?);
+    let step = Step { config, device: &device, batch: &batch };
     startup::part("weights");
     let mut compiled = Some(warmup::compile(run.device, || step.kernels(&model, &optimizer, state.position))?);
     startup::part("compiling");
+    // Launches that are to be timed one by one are made one by one.
+    let mut replay = Replay::new(&step, config.train.replay && !run.profile);
     let (first_iter, mut undisturbed_ms) = (state.step, 0.0);
     let mut timed = Timer::start();
 
@@ -111,6 +111,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
         if iter.is_multiple_of(config.train.eval_interval) || config.train.eval_only {
             device::wait(run.device)?; // what is queued is the iterations' time, not the evaluation's
             timed.pause();
+            replay.forget(); // the evaluation takes the memory that the recorded step holds
             let started = Instant::now();
             let (train_loss, val_loss) = evaluate(&model, config, run.data, run.device, iter)?;
             let eval_ms = started.elapsed().as_secs_f64() * 1e3;
@@ -143,25 +144,25 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
             startup::part("evaluation");
         }
 
-        let mut advance = |model| step.run(model, &mut optimizer, &mut state.position, lr);
+        let mut directly = |model| step.run(model, &mut optimizer, &mut state.position, lr);
         model = match iter - first_iter {
             // The step before shows what one takes undisturbed; both wait for the device, and count in no time that is logged.
             TIMED if run.profile => {
                 device::wait(run.device)?;
                 timed.pause();
                 let started = Instant::now();
-                let (updated, _) = advance(model)?;
+                let (updated, _) = directly(model)?;
                 device::wait(run.device)?;
                 undisturbed_ms = started.elapsed().as_secs_f64() * 1e3;
                 updated
             }
             PROFILED if run.profile => {
-                let (stepped, profile) = profile::of(undisturbed_ms, None, || advance(model));
+                let (stepped, profile) = profile::of(undisturbed_ms, None, || directly(model));
                 report.line(&profile.to_string());
                 timed.resume();
                 stepped?.0
             }
-            _ => advance(model)?.0,
+            _ => replay.advance(model, &mut optimizer, &mut state.position, lr)?,
         };
         if startup::is_on() {
             device::wait(run.device)?;
@@ -209,6 +210,7 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
             report.progress(state.step, None);
         }
         if last || stopping {
+            replay.forget();
             save("last", &state, &model, &optimizer, tokenizer, &report)?;
             break if last { Ended::Finished } else { Ended::Interrupted };
         }
@@ -217,12 +219,14 @@ pub fn run(config: &Config, run: Run) -> Result<(Gpt, Ended)> {
     Ok((model, ended))
 }
 
-/// One iteration of training: what [`run`] repeats and `bench` times.
+/// One iteration of training: what [`run`] and `bench` repeat, through [`Replay`].
 pub struct Step<'a> {
     /// The run's settings.
     pub config: &'a Config,
-    /// tokens and targets, each (B, T), of the micro-batch at a position of the data, on the model's device.
-    pub batch: &'a dyn Fn(u64) -> Result<(Tensor<2, Int>, Tensor<2, Int>)>,
+    /// The model's device, with autodiff.
+    pub device: &'a Device,
+    /// The micro-batch at a position of the data, B sequences of T tokens.
+    pub batch: &'a dyn Fn(u64) -> Result<Batch>,
 }
 
 impl Step<'_> {
@@ -233,7 +237,7 @@ impl Step<'_> {
     /// When there is no batch, or for a fault of this program.
     pub fn kernels(&self, model: &Gpt, optimizer: &Optimizer, position: u64) -> Result<Vec<Kernel>> {
         let (done, noted) = kernel::noted(|| -> Result<()> {
-            let (tokens, targets) = (self.batch)(position)?;
+            let (tokens, targets) = self.uploaded(position)?;
             let (x, y) = (tokens.clone().inner(), targets.clone().inner());
             let scale = Scale(optimizer.memory.clone());
             let (dropout, recompute) = (self.dropout(position), self.config.train.recompute);
@@ -249,6 +253,14 @@ impl Step<'_> {
         Ok([noted, adamw::kernels(), vec![verdict::kernel()]].concat())
     }
 
+    /// tokens and targets, each (B, T), of the micro-batch at a position of the data, on the device.
+    ///
+    /// # Errors
+    /// When there is no batch.
+    pub fn uploaded(&self, position: u64) -> Result<(Tensor<2, Int>, Tensor<2, Int>)> {
+        Ok(upload(&(self.batch)(position)?, self.config.data.batch_size, self.device))
+    }
+
     /// The dropout of the micro-batch at a position of the data.
     fn dropout(&self, position: u64) -> Dropout {
         let (probability, seed) = (self.config.model.dropout as f32, self.config.train.seed);
@@ -262,14 +274,37 @@ impl Step<'_> {
     /// When there is no batch, or for a fault of this program.
     pub fn run(&self, model: Gpt, optimizer: &mut Optimizer, position: &mut u64, lr: f64) -> Result<(Gpt, Tensor<1>)> {
         kernel::begin_step();
+        self.set_clock(*position, lr);
+        let done = self.work(model, optimizer, *position, lr, |i| self.uploaded(*position + i))?;
+        *position += self.config.data.gradient_accumulation_steps as u64;
+        Ok(done)
+    }
+
+    /// Writes down what the launches of a step from `position` on, recorded ones too, do not have in their parameters.
+    pub fn set_clock(&self, position: u64, lr: f64) {
+        clock::set_step(position as u32);
+        verdict::set_rates(lr, self.config.optim.weight_decay);
+    }
+
+    /// [`Step::run`]'s launches, on the i-th of its micro-batches as `batch` gives it.
+    ///
+    /// # Errors
+    /// As [`Step::run`].
+    pub fn work(
+        &self,
+        model: Gpt,
+        optimizer: &mut Optimizer,
+        position: u64,
+        lr: f64,
+        batch: impl Fn(u64) -> Result<(Tensor<2, Int>, Tensor<2, Int>)>,
+    ) -> Result<(Gpt, Tensor<1>)> {
         let parts = self.config.data.gradient_accumulation_steps;
         let mut gradients = GradientSum::default();
         let mut loss_sum: Option<Tensor<1>> = None;
         let rounded = model.rounded();
-        for _ in 0..parts {
-            let (tokens, targets) = (self.batch)(*position)?;
-            let dropout = self.dropout(*position);
-            *position += 1;
+        for i in 0..parts as u64 {
+            let (tokens, targets) = batch(i)?;
+            let dropout = self.dropout(position + i);
             // The gradients come multiplied by the loss scale, and are a sum over micro-batches: the verdict divides.
             let scale = Scale(optimizer.memory.clone());
             let recompute = self.config.train.recompute;

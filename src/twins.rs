@@ -4,6 +4,7 @@
 use crate::ops::adamw::AdamW;
 use crate::ops::dropout::Dropout;
 use crate::ops::linear::Gelu;
+use crate::ops::verdict::VERDICT;
 
 /// Where `got` leaves `want` by more than `tolerance` · (1 + |want|), the first such element; NaN never passes.
 pub fn difference(got: &[f64], want: &[f64], tolerance: f64) -> Option<String> {
@@ -177,21 +178,40 @@ fn mask(rows: usize, columns: usize, dropout: Dropout) -> Vec<f64> {
     dropout.factors(rows, columns).into_iter().map(f64::from).collect()
 }
 
-/// The verdict that lets AdamW make its `step`-th update, with `factor` on the gradient.
-pub fn verdict(factor: f64, hyper: AdamW, step: u64) -> [f64; 4] {
-    let [correction1, correction2] = [hyper.beta1, hyper.beta2].map(|beta| 1.0 - beta.powi(step as i32));
-    [factor, 1.0, hyper.lr / correction1, 1.0 / correction2.sqrt()]
+/// All numbers of one of AdamW's steps.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWStep {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decoupled decay.
+    pub weight_decay: f64,
+    /// What is the same in every step.
+    pub hyper: AdamW,
 }
 
-/// AdamW's `step`-th step, counted from 1, of p, m and v in place; `scale` multiplies the gradient.
-pub fn adamw(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, hyper: AdamW, step: u64) {
-    let AdamW { lr, beta1, beta2, eps, weight_decay } = hyper;
+impl AdamWStep {
+    /// The same step of a parameter that decays, or does not.
+    pub fn of(self, decays: bool) -> Self {
+        Self { weight_decay: if decays { self.weight_decay } else { 0.0 }, ..self }
+    }
+}
+
+/// The verdict that lets AdamW make its `count`-th update, with `factor` on the gradient.
+pub fn verdict(factor: f64, step: AdamWStep, count: u64) -> [f64; VERDICT] {
+    let AdamWStep { lr, weight_decay, hyper } = step;
+    let [correction1, correction2] = [hyper.beta1, hyper.beta2].map(|beta| 1.0 - beta.powi(count as i32));
+    [factor, 1.0, lr / correction1, 1.0 / correction2.sqrt(), 1.0 - lr * weight_decay]
+}
+
+/// AdamW's `count`-th step, counted from 1, of p, m and v in place; `scale` multiplies the gradient.
+pub fn adamw(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, step: AdamWStep, count: u64) {
+    let AdamWStep { lr, weight_decay, hyper: AdamW { beta1, beta2, eps } } = step;
     for i in 0..p.len() {
         let g = g[i] * scale;
         m[i] = beta1 * m[i] + (1.0 - beta1) * g;
         v[i] = beta2 * v[i] + (1.0 - beta2) * g * g;
-        let m_hat = m[i] / (1.0 - beta1.powi(step as i32));
-        let v_hat = v[i] / (1.0 - beta2.powi(step as i32));
+        let m_hat = m[i] / (1.0 - beta1.powi(count as i32));
+        let v_hat = v[i] / (1.0 - beta2.powi(count as i32));
         p[i] = p[i] * (1.0 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps);
     }
 }

@@ -19,7 +19,7 @@ use gpt_wgpu::ops::layer_norm::layer_norm;
 use gpt_wgpu::ops::linear::{Gelu, linear, linear_gelu, linear_residual};
 use gpt_wgpu::optim::Optimizer;
 use gpt_wgpu::parameters::{self, Visit};
-use gpt_wgpu::train::{self, Step};
+use gpt_wgpu::train::Step;
 
 const DROPOUT: Dropout = Dropout { probability: 0.3, seed: 0x1234_5678_9abc, step: 7, site: 0x105 };
 
@@ -193,9 +193,9 @@ fn three_steps() -> Vec<f32> {
     let batch = |position: u64| {
         let (mut random, count) = (Random(position + 1), config.data.batch_size * config.model.block_size);
         let mut draw = || (0..count).map(|_| random.below(VOCABULARY) as i32).collect();
-        Ok(train::upload(&Batch { x: draw(), y: draw() }, config.data.batch_size, &device))
+        Ok(Batch { x: draw(), y: draw() })
     };
-    let step = Step { config: &config, batch: &batch };
+    let step = Step { config: &config, device: &device, batch: &batch };
     let mut model = Gpt::init(&config.gpt(VOCABULARY), 7, &device);
     let (mut optimizer, mut position, mut values) = (Optimizer::new(false, &inner), 0, Values::default());
     for _ in 0..3 {

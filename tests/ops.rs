@@ -6,6 +6,7 @@ mod common;
 use burn::tensor::{Device, Tensor};
 use common::twins::{self, AttentionShape, EmbeddingShape};
 use common::*;
+use gpt_wgpu::kernel::clock;
 use gpt_wgpu::ops::attention::causal_attention;
 use gpt_wgpu::ops::block::{Layer, Parameters, attention_block, mlp_block};
 use gpt_wgpu::ops::cross_entropy::cross_entropy;
@@ -156,8 +157,12 @@ fn the_mask_of_dropout_is_equal_on_all_devices_and_keeps_the_right_share() {
     let want: Vec<f64> = DROPOUT.factors(rows, columns).into_iter().map(f64::from).collect();
     for (name, device) in devices() {
         let ones = vec![1.0; rows * columns];
-        let got = values(dropout(tensor(&ones, [rows, columns], &device), DROPOUT));
-        assert_eq!(got, want, "{name}");
+        // Wherever the clock stands that a kernel counts from
+        for now in [0, DROPOUT.step, 1000, u32::MAX] {
+            clock::set_step(now);
+            let got = values(dropout(tensor(&ones, [rows, columns], &device), DROPOUT));
+            assert_eq!(got, want, "{name}, clock {now}");
+        }
     }
     let count = (rows * columns) as f64;
     let kept = want.iter().filter(|f| **f > 0.0).count() as f64;

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Device;
 use common::guarded::{Guarded, primitive};
+use common::twins::AdamWStep;
 use common::*;
 use gpt_wgpu::kernel::{self, Kernels};
 use gpt_wgpu::ops::adamw::{self, AdamW, Parameter};
@@ -36,9 +37,8 @@ fn on_gpu(test: impl Fn(&Device)) {
     }
 }
 
-fn hyper(weight_decay: f64) -> AdamW {
-    AdamW { lr: 3e-3, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay }
-}
+const HYPER: AdamW = AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
+const STEP: AdamWStep = AdamWStep { lr: 3e-3, weight_decay: 0.1, hyper: HYPER };
 
 /// A factor on the gradient that is exact in f32.
 const FACTOR: f64 = 0.375;
@@ -71,16 +71,15 @@ fn adamw_steps_in_place() {
                 let mut gradients = Vec::new();
                 for (i, [p, m, v]) in wanted.iter_mut().enumerate() {
                     let g = random.vec(p.len());
-                    let hyper = hyper(if decays(i) { 0.1 } else { 0.0 });
-                    twins::adamw(p, &g, m, v, FACTOR, hyper, step);
+                    twins::adamw(p, &g, m, v, FACTOR, STEP.of(decays(i)), step);
                     gradients.push(primitive(tensor(&g, [g.len()], device)));
                 }
                 let mut parameters = Vec::new();
                 for (i, ([p, m, v], g)) in guarded.iter().zip(&gradients).enumerate() {
                     parameters.push(([&p.inside, g, &m.inside, &v.inside], decays(i)));
                 }
-                let verdict = primitive(tensor(&twins::verdict(FACTOR, hyper(0.1), step), [VERDICT], device));
-                adamw::launch_update(&parameters, &verdict, hyper(0.1), most);
+                let verdict = primitive(tensor(&twins::verdict(FACTOR, STEP, step), [VERDICT], device));
+                adamw::launch_update(&parameters, &verdict, HYPER, most);
             }
             let mut results = Vec::new();
             for (i, (got, want)) in guarded.into_iter().zip(wanted).enumerate() {
@@ -115,13 +114,13 @@ fn adamw_does_what_the_verdict_says() {
                 decays: decays(i),
             };
             let parameters = before.iter().zip(gradients).enumerate().map(parameter).collect();
-            let updated = adamw::adamw(parameters, tensor(&verdict, [VERDICT], device), hyper(0.1));
+            let updated = adamw::adamw(parameters, tensor(&verdict, [VERDICT], device), HYPER);
             updated.into_iter().map(|updated| updated.map(values)).collect()
         };
-        let made = twins::verdict(FACTOR, hyper(0.1), 3);
+        let made = twins::verdict(FACTOR, STEP, 3);
         let mut wanted = before.clone();
         for (i, ([p, m, v], g)) in wanted.iter_mut().zip(&gradients).enumerate() {
-            twins::adamw(p, g, m, v, FACTOR, hyper(if decays(i) { 0.1 } else { 0.0 }), 3);
+            twins::adamw(p, g, m, v, FACTOR, STEP.of(decays(i)), 3);
         }
         let updated = run(&gradients, made);
         assert_eq!(updated.len(), 3);
@@ -133,7 +132,7 @@ fn adamw_does_what_the_verdict_says() {
             gradients[parameter][element] = bad;
         }
         for factor in [FACTOR, f64::NAN, 0.0] {
-            assert_eq!(run(&gradients, [factor, 0.0, made[2], made[3]]), before, "{name} factor {factor}");
+            assert_eq!(run(&gradients, [factor, 0.0, made[2], made[3], made[4]]), before, "{name} factor {factor}");
         }
     });
 }
@@ -150,8 +149,8 @@ fn a_shared_tensor_is_left_alone() {
             Parameter { p, g, m, v, decays: true }
         };
         let shared = [parameter(77), parameter(64)];
-        let verdict = tensor(&twins::verdict(1.0, hyper(0.1), 3), [VERDICT], device);
-        let updated = adamw::adamw(shared.to_vec(), verdict, hyper(0.1));
+        let verdict = tensor(&twins::verdict(1.0, STEP, 3), [VERDICT], device);
+        let updated = adamw::adamw(shared.to_vec(), verdict, HYPER);
         for (held, [new_p, ..]) in shared.into_iter().zip(updated) {
             let elements = held.p.dims()[0];
             for (held, before) in [held.p, held.m, held.v].into_iter().zip([&p, &m, &v]) {
@@ -169,8 +168,16 @@ fn a_shared_tensor_is_left_alone() {
     });
 }
 
-const RULES: Rules =
-    Rules { grad_clip: 1.0, lr: 1e-3, beta1: 0.9, beta2: 0.95, dynamic_scale: true, skip_spike_sigma: 4.0, parts: 3 };
+const RULES: Rules = Rules {
+    grad_clip: 1.0,
+    lr: 1e-3,
+    weight_decay: 0.1,
+    beta1: 0.9,
+    beta2: 0.95,
+    dynamic_scale: true,
+    skip_spike_sigma: 4.0,
+    parts: 3,
+};
 
 /// Equal to a few bits, each number for itself; what is not finite only has to be not finite.
 #[track_caller]

@@ -5,7 +5,7 @@ mod common;
 use std::collections::{BTreeMap, HashSet};
 use std::process::Command;
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Tensor};
 use common::guarded::primitive;
 use common::*;
 use gpt_wgpu::checkpoint::read;
@@ -54,17 +54,17 @@ fn config(recompute: Recompute) -> Config {
 }
 
 /// Random tokens and targets.
-fn batch(config: &Config, position: u64, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
+fn batch(config: &Config, position: u64) -> Batch {
     let (mut random, count) = (Random(position + 1), config.data.batch_size * config.model.block_size);
     let mut draw = || (0..count).map(|_| random.below(VOCABULARY) as i32).collect();
-    train::upload(&Batch { x: draw(), y: draw() }, config.data.batch_size, device)
+    Batch { x: draw(), y: draw() }
 }
 
 /// Losses, what the verdicts remember (gradient norms among it) and parameters of three steps.
 fn three_steps(inner: &Device, f16: bool, recompute: Recompute) -> Bits {
     let (config, device) = (config(recompute), inner.clone().autodiff());
-    let batch = |position| Ok(batch(&config, position, &device));
-    let step = Step { config: &config, batch: &batch };
+    let batch = |position| Ok(batch(&config, position));
+    let step = Step { config: &config, device: &device, batch: &batch };
     let mut model = Gpt::init(&config.gpt(VOCABULARY), 7, &device);
     model.f16 = f16;
     let (mut optimizer, mut position, mut bits) = (Optimizer::new(f16, inner), 0, Bits::default());
@@ -86,8 +86,8 @@ fn the_kernels_of_a_step_are_known_before_it() {
     for (inner, f16) in in_f32.into_iter().chain(in_f16) {
         for recompute in [Recompute::None, Recompute::AttentionMlp, Recompute::Block] {
             let (config, device) = (config(recompute), inner.clone().autodiff());
-            let batch = |position| Ok(batch(&config, position, &device));
-            let step = Step { config: &config, batch: &batch };
+            let batch = |position| Ok(batch(&config, position));
+            let step = Step { config: &config, device: &device, batch: &batch };
             let mut model = Gpt::init(&config.gpt(VOCABULARY), 1, &device);
             model.f16 = f16;
             let mut optimizer = Optimizer::new(f16, &inner);
@@ -150,7 +150,7 @@ fn gradients_are_summed_in_place() {
         parameters::visit(&model, &mut names);
         let mut sum = GradientSum::default();
         let mut places = |position| -> Vec<_> {
-            let (tokens, targets) = batch(&config, position, &device);
+            let (tokens, targets) = train::upload(&batch(&config, position), config.data.batch_size, &device);
             let dropout = Dropout { probability: 0.1, seed: 1, step: position as u32, site: 0 };
             let scale = Scale(Optimizer::new(false, &inner).memory);
             recompute::gradients(&model, tokens, targets, dropout, scale, recompute, &mut sum).unwrap();

@@ -306,15 +306,15 @@ fn a_poisoned_batch_is_skipped_where_that_is_asked_for() {
             config.model.dropout = 0.0;
             config.data.gradient_accumulation_steps = 1;
             config.optim.skip_spike_sigma = sigma;
-            let (batch_size, count) = (config.data.batch_size, config.data.batch_size * config.model.block_size);
+            let count = config.data.batch_size * config.model.block_size;
             let device = way.device.clone().autodiff();
             let batch = |position: u64| {
                 let x: Vec<_> = (0..count).map(|i| ((i * 7 + position as usize) % VOCABULARY) as i32).collect();
                 let next = if position == GOOD { 2 } else { 1 };
                 let y = x.iter().map(|token| (token * 3 + next) % VOCABULARY as i32).collect();
-                Ok(train::upload(&Batch { x, y }, batch_size, &device))
+                Ok(Batch { x, y })
             };
-            let step = Step { config: &config, batch: &batch };
+            let step = Step { config: &config, device: &device, batch: &batch };
             let mut model = Gpt::init(&config.gpt(VOCABULARY), 7, &device);
             model.f16 = way.f16;
             let (mut optimizer, mut position) = (Optimizer::new(way.f16, &way.device), 0);

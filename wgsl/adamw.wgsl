@@ -1,13 +1,13 @@
 // AdamW (decoupled decay, PyTorch's order of operations) on several parameters, in place:
 //     g = g * factor, m = beta1 * m + (1 - beta1) * g, v = beta2 * v + (1 - beta2) * g^2
 //     p = keep * p - rate * m / (sqrt(v) * root_factor + epsilon)
-// or nothing at all, where the verdict on the step is so. keep, a slot's factor, is 1 - lr * decay.
+// or nothing at all, where the verdict on the step is so. keep is the verdict's, 1 - lr * decay, where a slot's factor is 1, else 1.
 // Prepend lanes4.wgsl or lanes1.wgsl, adamw_slot.wgsl for each slot, and slots.wgsl.
 //
 // Header: elem (f32), WIDTH, SLOTS, CHUNK.
 // Workgroup: 256 threads. Grid: the workgroups of all slots, folded into (x, y).
 //
-// Bindings: p, g, m, v of each slot; then verdict (4) f32, from verdict.wgsl; then params.
+// Bindings: p, g, m, v of each slot; then verdict (5) f32, from verdict.wgsl; then params.
 
 struct Params {
     groups: u32,
@@ -31,7 +31,8 @@ struct State {
     v: lanes,
 }
 
-fn updated(state: State, g: lanes, keep: f32) -> State {
+fn updated(state: State, g: lanes, decays: f32) -> State {
+    let keep = select(1.0, verdict[4], decays != 0.0);
     let slope = g * verdict[0];
     let first = state.m * params.beta1 + slope * params.rest1;
     let second = state.v * params.beta2 + slope * slope * params.rest2;

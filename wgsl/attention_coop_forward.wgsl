@@ -35,7 +35,7 @@
 // Workgroup: SUBGROUPS * SUBGROUP_SIZE threads.
 // Grid: batch * heads * ceil(seq_len / BLOCK_Q) workgroups, folded into (x, y) when over 65535.
 //
-// Bindings: 0 qkv (B, T, 3C) elem; 1 out (B, T, C) elem, written; 2 lse (B, H, T) f32, written; 3 params.
+// Bindings: 0 qkv (B, T, 3C) elem; 1 out (B, T, C) elem, written; 2 lse (B, H, T) f32, written; 3 clock (4) u32; 4 params.
 
 struct Params {
     batch: u32,
@@ -44,7 +44,7 @@ struct Params {
     row_offset: u32,     // unused
     seed_lo: u32,
     seed_hi: u32,
-    step: u32,
+    step: u32, // of the masks, counted from the clock
     site: u32,
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
@@ -55,7 +55,10 @@ struct Params {
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;
 @group(0) @binding(1) var<storage, read_write> out: array<vec4<elem>>;
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
-@group(0) @binding(3) var<uniform> params: Params;
+@group(0) @binding(3) var<storage, read_write> clock: array<u32>;
+@group(0) @binding(4) var<uniform> params: Params;
+
+var<private> drop_step: u32; // the counter of the masks
 
 const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
@@ -119,7 +122,7 @@ var<private> lane_base: u32;    // the lane's first quad there, in elements
 // Four random words: one query, four keys.
 fn random_words(row: u32, key_quad: u32) -> vec4<u32> {
     return philox4x32(
-        vec4<u32>(key_quad, row, params.step, params.site), vec2<u32>(params.seed_lo, params.seed_hi));
+        vec4<u32>(key_quad, row, drop_step, params.site), vec2<u32>(params.seed_lo, params.seed_hi));
 }
 
 fn fetch_step(
@@ -404,6 +407,7 @@ fn main(
     @builtin(num_workgroups) grid: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
+    drop_step = params.step + clock[0];
     let seq_len = params.seq_len;
     let head_count = params.batch * params.heads;
     let query_tiles = (seq_len + BLOCK_Q - 1u) / BLOCK_Q;

@@ -16,7 +16,7 @@
 // Grid: batch * heads * ceil(seq_len / OWN) workgroups, folded into (x, y) when over 65535.
 //
 // Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
-//           4 dqkv (B, T, 3C) elem, its k and v thirds are written; 5 params.
+//           4 dqkv (B, T, 3C) elem, its k and v thirds are written; 5 clock (4) u32; 6 params.
 
 struct Params {
     batch: u32,
@@ -25,7 +25,7 @@ struct Params {
     row_offset: u32,     // unused
     seed_lo: u32,
     seed_hi: u32,
-    step: u32,
+    step: u32, // of the masks, counted from the clock
     site: u32,
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
@@ -38,7 +38,10 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
 @group(0) @binding(3) var<storage, read_write> delta: array<f32>;
 @group(0) @binding(4) var<storage, read_write> dqkv: array<vec4<elem>>;
-@group(0) @binding(5) var<uniform> params: Params;
+@group(0) @binding(5) var<storage, read_write> clock: array<u32>;
+@group(0) @binding(6) var<uniform> params: Params;
+
+var<private> drop_step: u32; // the counter of the masks
 
 var<private> scores: Scores;    // then P', a dropped one with a minus sign
 var<private> gradients: Scores; // dropout(P'), then the gradients, then dS'
@@ -114,7 +117,7 @@ fn probabilities_column(j: u32, query_start: u32, key_start: u32, row_base: u32,
         if (DROPOUT) {
             let key_quad = key_start / 4u + own_quad(h);
             let random = philox4x32(
-                vec4<u32>(key_quad, row_base + query, params.step, params.site),
+                vec4<u32>(key_quad, row_base + query, drop_step, params.site),
                 vec2<u32>(params.seed_lo, params.seed_hi),
             );
             let kept = random >= vec4<u32>(params.drop_threshold);
@@ -173,6 +176,7 @@ fn main(
     @builtin(num_workgroups) grid: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
+    drop_step = params.step + clock[0];
     let seq_len = params.seq_len;
     let head_count = params.batch * params.heads;
     let key_tiles = (seq_len + OWN - 1u) / OWN;

@@ -15,7 +15,7 @@
 // Grid: batch * heads * ceil(seq_len / OWN) workgroups, folded into (x, y) when over 65535.
 //
 // Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
-//           4 dqkv (B, T, 3C) elem, its q third is written; 5 params.
+//           4 dqkv (B, T, 3C) elem, its q third is written; 5 clock (4) u32; 6 params.
 
 struct Params {
     batch: u32,
@@ -24,7 +24,7 @@ struct Params {
     row_offset: u32,     // unused
     seed_lo: u32,
     seed_hi: u32,
-    step: u32,
+    step: u32, // of the masks, counted from the clock
     site: u32,
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
@@ -37,7 +37,10 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
 @group(0) @binding(3) var<storage, read_write> delta: array<f32>;
 @group(0) @binding(4) var<storage, read_write> dqkv: array<vec4<elem>>;
-@group(0) @binding(5) var<uniform> params: Params;
+@group(0) @binding(5) var<storage, read_write> clock: array<u32>;
+@group(0) @binding(6) var<uniform> params: Params;
+
+var<private> drop_step: u32; // the counter of the masks
 
 var<private> scores: Scores; // then dS
 var<private> gradients: Scores;
@@ -112,10 +115,10 @@ fn score_gradients(j: u32, h: u32, key_quad: u32, row: u32, scale: f32) {
     let at = 4u * ROW_QUADS * j + h;
     if (DROPOUT) {
         let seed = vec2<u32>(params.seed_lo, params.seed_hi);
-        let r0 = philox4x32(vec4<u32>(key_quad, row, params.step, params.site), seed);
-        let r1 = philox4x32(vec4<u32>(key_quad, row + 1u, params.step, params.site), seed);
-        let r2 = philox4x32(vec4<u32>(key_quad, row + 2u, params.step, params.site), seed);
-        let r3 = philox4x32(vec4<u32>(key_quad, row + 3u, params.step, params.site), seed);
+        let r0 = philox4x32(vec4<u32>(key_quad, row, drop_step, params.site), seed);
+        let r1 = philox4x32(vec4<u32>(key_quad, row + 1u, drop_step, params.site), seed);
+        let r2 = philox4x32(vec4<u32>(key_quad, row + 2u, drop_step, params.site), seed);
+        let r3 = philox4x32(vec4<u32>(key_quad, row + 3u, drop_step, params.site), seed);
         gradients[at] = kept(gradients[at], vec4<u32>(r0.x, r1.x, r2.x, r3.x));
         gradients[at + ROW_QUADS] = kept(gradients[at + ROW_QUADS], vec4<u32>(r0.y, r1.y, r2.y, r3.y));
         gradients[at + 2u * ROW_QUADS] = kept(gradients[at + 2u * ROW_QUADS], vec4<u32>(r0.z, r1.z, r2.z, r3.z));
@@ -150,6 +153,7 @@ fn main(
     @builtin(num_workgroups) grid: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
+    drop_step = params.step + clock[0];
     let seq_len = params.seq_len;
     let head_count = params.batch * params.heads;
     let query_tiles = (seq_len + OWN - 1u) / OWN;

@@ -4,14 +4,14 @@
 //
 // Header: elem, WIDTH.
 // Workgroup: 256. Grid: ceil(rows * lanes / 256) workgroups, folded into (x, y) when over 65535.
-// Bindings: 0 x (rows, lanes * WIDTH) elem; 1 y (rows, lanes * WIDTH) elem, written; 2 params.
+// Bindings: 0 x (rows, lanes * WIDTH) elem; 1 y (rows, lanes * WIDTH) elem, written; 2 clock (4) u32; 3 params.
 
 struct Params {
     rows: u32,
     lanes: u32, // of a row
     seed_lo: u32,
     seed_hi: u32,
-    step: u32,
+    step: u32, // of the masks, counted from the clock
     site: u32,
     drop_threshold: u32,
     keep_scale: f32,
@@ -19,7 +19,8 @@ struct Params {
 
 @group(0) @binding(0) var<storage, read_write> x: array<stored>;
 @group(0) @binding(1) var<storage, read_write> y: array<stored>;
-@group(0) @binding(2) var<uniform> params: Params;
+@group(0) @binding(2) var<storage, read_write> clock: array<u32>;
+@group(0) @binding(3) var<uniform> params: Params;
 
 @compute @workgroup_size(256)
 fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) grid: vec3<u32>) {
@@ -29,7 +30,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
     }
     let column = index % params.lanes * WIDTH;
     let block = philox4x32(
-        vec4<u32>(column / 4u, index / params.lanes, params.step, params.site),
+        vec4<u32>(column / 4u, index / params.lanes, params.step + clock[0], params.site),
         vec2<u32>(params.seed_lo, params.seed_hi),
     );
     let kept = own_words(block, column) >= lane_words(params.drop_threshold);

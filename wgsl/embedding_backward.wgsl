@@ -10,7 +10,7 @@
 // Workgroup memory: 256 * 4 * WIDTH + 80 bytes (4176 at most).
 //
 // Bindings: 0 dx (B, T, C) elem; 1 order (B * T) and 2 starts (vocab + 1) u32, from embedding_rank.wgsl; 3 dwte (vocab, C)
-// f32, written; 4 dwpe (block_size, C) f32, written; 5 params.
+// f32, written; 4 dwpe (block_size, C) f32, written; 5 clock (4) u32; 6 params.
 
 struct Params {
     batch: u32,
@@ -20,7 +20,7 @@ struct Params {
     block_size: u32,
     seed_lo: u32,
     seed_hi: u32,
-    step: u32,
+    step: u32, // of the masks, counted from the clock
     site: u32,
     drop_threshold: u32,
     keep_scale: f32,
@@ -31,7 +31,8 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> starts: array<u32>;
 @group(0) @binding(3) var<storage, read_write> dwte: array<lanes>;
 @group(0) @binding(4) var<storage, read_write> dwpe: array<lanes>;
-@group(0) @binding(5) var<uniform> params: Params;
+@group(0) @binding(5) var<storage, read_write> clock: array<u32>;
+@group(0) @binding(6) var<uniform> params: Params;
 
 const TILE: u32 = 16u;
 const PARTS: u32 = 16u;
@@ -66,7 +67,7 @@ fn gradient(source: u32, lane: u32) -> lanes {
     }
     let column = lane * WIDTH;
     let block = philox4x32(
-        vec4<u32>(column / 4u, source, params.step, params.site),
+        vec4<u32>(column / 4u, source, params.step + clock[0], params.site),
         vec2<u32>(params.seed_lo, params.seed_hi),
     );
     let kept = own_words(block, column) >= lane_words(params.drop_threshold);

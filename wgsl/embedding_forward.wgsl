@@ -7,7 +7,7 @@
 // Workgroup: 256 threads. Grid: ceil(rows * lanes / 256), folded into (x, y).
 //
 // Bindings: 0 tokens (B, T) i32 in 0..vocab; 1 wte (vocab, C) f32; 2 wpe (>= T, C) f32; 3 x (B, T, C) elem, written;
-// 4 params.
+// 4 clock (4) u32; 5 params.
 
 struct Params {
     rows: u32,  // B * T
@@ -16,7 +16,7 @@ struct Params {
     vocab: u32,
     seed_lo: u32,
     seed_hi: u32,
-    step: u32,
+    step: u32, // of the masks, counted from the clock
     site: u32,
     drop_threshold: u32,
     keep_scale: f32,
@@ -26,7 +26,8 @@ struct Params {
 @group(0) @binding(1) var<storage, read_write> wte: array<lanes>;
 @group(0) @binding(2) var<storage, read_write> wpe: array<lanes>;
 @group(0) @binding(3) var<storage, read_write> x: array<stored>;
-@group(0) @binding(4) var<uniform> params: Params;
+@group(0) @binding(4) var<storage, read_write> clock: array<u32>;
+@group(0) @binding(5) var<uniform> params: Params;
 
 @compute @workgroup_size(256)
 fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) grid: vec3<u32>) {
@@ -41,7 +42,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
     if (DROPOUT) {
         let column = lane * WIDTH;
         let block = philox4x32(
-            vec4<u32>(column / 4u, row, params.step, params.site),
+            vec4<u32>(column / 4u, row, params.step + clock[0], params.site),
             vec2<u32>(params.seed_lo, params.seed_hi),
         );
         let kept = own_words(block, column) >= lane_words(params.drop_threshold);

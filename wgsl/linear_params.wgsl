@@ -20,7 +20,7 @@ struct Params {
     drop_threshold: u32, // an element is kept when its random word is >= this
     seed_lo: u32,
     seed_hi: u32,
-    step: u32,
+    step: u32, // of the masks, counted from the clock
     site: u32,
     keep_scale: f32,
     pad_0: u32,

@@ -6,12 +6,11 @@
 // Workgroup memory: 3072 bytes.
 //
 // Bindings: 0 sums (count) f32; 1 loss (1) f32, a sum over micro-batches; 2 memory (16 + 2 * WINDOW) f32, rewritten; 3 verdict
-// (4) f32, written; 4 params.
+// (5) f32, written; 4 clock (4) u32; 5 params.
 
 struct Params {
     count: u32,
     limit: f32,        // of the norm; 0: none
-    lr: f32,
     log_beta1: f32,
     log_beta2: f32,
     dynamic_scale: u32,
@@ -23,10 +22,15 @@ struct Params {
 @group(0) @binding(1) var<storage, read_write> loss_sum: array<f32>;
 @group(0) @binding(2) var<storage, read_write> memory: array<f32>;
 @group(0) @binding(3) var<storage, read_write> verdict: array<f32>;
-@group(0) @binding(4) var<uniform> params: Params;
+@group(0) @binding(4) var<storage, read_write> clock: array<u32>;
+@group(0) @binding(5) var<uniform> params: Params;
 
 const THREADS: u32 = 256u;
 const IN_FLIGHT: u32 = 8u;
+
+// Places of the clock, both f32
+const RATE: u32 = 1u;
+const KEEP: u32 = 2u;
 
 // Places of the memory
 const LOSS_SCALE: u32 = 0u;
@@ -151,6 +155,7 @@ fn main(@builtin(local_invocation_index) thread: u32) {
     let clip = select(1.0, min(1.0, params.limit / (norm + 1e-6)), params.limit > 0.0);
     verdict[0] = clip / divisor;
     verdict[1] = select(0.0, 1.0, applied);
-    verdict[2] = params.lr / one_minus_exp(t * params.log_beta1);
+    verdict[2] = bitcast<f32>(clock[RATE]) / one_minus_exp(t * params.log_beta1);
     verdict[3] = 1.0 / sqrt(one_minus_exp(t * params.log_beta2));
+    verdict[4] = bitcast<f32>(clock[KEEP]);
 }

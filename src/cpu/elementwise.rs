@@ -10,6 +10,7 @@ use super::{BLOCK_ROWS, PART, add_blocks, each, filled, wide};
 use crate::ops::adamw::AdamW;
 use crate::ops::dropout::Dropout;
 use crate::ops::linear::Gelu;
+use crate::ops::verdict::VERDICT;
 
 /// gelu(h) of every element.
 pub fn gelu_of(h: &[f32], kind: Gelu) -> Vec<f32> {
@@ -117,10 +118,10 @@ pub struct Update<'a> {
     pub decays: bool,
 }
 
-/// AdamW's update by a verdict's words (factor, _, rate, root_factor).
-pub fn adamw(update: Update, [factor, _, rate, root_factor]: [f32; 4], hyper: AdamW) {
+/// AdamW's update by a verdict's words (factor, _, rate, root_factor, keep).
+pub fn adamw(update: Update, [factor, _, rate, root_factor, keep]: [f32; VERDICT], hyper: AdamW) {
     let [beta1, rest1, beta2, rest2, eps] = hyper.factors();
-    let keep = hyper.keep(update.decays) as f32;
+    let keep = if update.decays { keep } else { 1.0 };
     let Update { p, g, m, v, .. } = update;
     let elements = g.len();
     let moments = m.par_chunks_mut(PART).zip(v.par_chunks_mut(PART));

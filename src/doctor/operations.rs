@@ -14,7 +14,7 @@ use crate::ops::embedding::embedding;
 use crate::ops::layer_norm::layer_norm;
 use crate::ops::linear::{Gelu, linear, linear_gelu, linear_residual};
 use crate::rng::Stream;
-use crate::twins::{self, AttentionShape, EmbeddingShape};
+use crate::twins::{self, AdamWStep, AttentionShape, EmbeddingShape};
 
 /// A check of one operation.
 type Body = fn(&Bed) -> Result<Seen>;
@@ -216,7 +216,8 @@ fn masks(bed: &Bed) -> Result<Seen> {
 
 /// Two parameters at once, one of them no multiple of four and without decay.
 fn updates(bed: &Bed) -> Result<Seen> {
-    let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
+    let hyper = AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
+    let step = AdamWStep { lr: 1e-2, weight_decay: 0.1, hyper };
     let tensor = |values: &[f64]| bed.tensor(values, [values.len()]);
     let (mut parameters, mut wanted) = (Vec::new(), Vec::new());
     for (count, decays) in [(1003, false), (2052, true)] {
@@ -224,11 +225,10 @@ fn updates(bed: &Bed) -> Result<Seen> {
         let [mut p, g, mut m] = [count; 3].map(|count| random.take(count));
         let mut v: Vec<f64> = random.take(count).iter().map(|value| f64::from((value * value) as f32)).collect();
         parameters.push(Parameter { p: tensor(&p), g: tensor(&g), m: tensor(&m), v: tensor(&v), decays });
-        let alone = AdamW { weight_decay: if decays { hyper.weight_decay } else { 0.0 }, ..hyper };
-        twins::adamw(&mut p, &g, &mut m, &mut v, 0.5, alone, 3);
+        twins::adamw(&mut p, &g, &mut m, &mut v, 0.5, step.of(decays), 3);
         wanted.extend([p, m, v]);
     }
-    let updated = adamw(parameters, tensor(&twins::verdict(0.5, hyper, 3)), hyper);
+    let updated = adamw(parameters, tensor(&twins::verdict(0.5, step, 3)), hyper);
     let distances = updated.into_iter().flatten().zip(&wanted).map(|(got, want)| bed.distance(got, want));
     Ok(bed.worst(&distances.collect::<Result<Vec<_>>>()?))
 }

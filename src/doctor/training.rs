@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::data::Batch;
 use crate::model::Gpt;
 use crate::optim::{self, Optimizer};
-use crate::train::{self, Step};
+use crate::train::Step;
 
 const STEPS: u64 = 20;
 const VOCABULARY: usize = 29;
@@ -49,9 +49,9 @@ fn run(device: &Device, f16: bool) -> Result<Vec<f64>> {
     let batch = |position: u64| -> Result<_> {
         let x: Vec<i32> = (0..batch_size * time).map(|i| ((i * 7 + position as usize) % VOCABULARY) as i32).collect();
         let y = x.iter().map(|token| (3 * token + 1) % VOCABULARY as i32).collect();
-        Ok(train::upload(&Batch { x, y }, batch_size, &device))
+        Ok(Batch { x, y })
     };
-    let step = Step { config: &config, batch: &batch };
+    let step = Step { config: &config, device: &device, batch: &batch };
     let mut model = Gpt::init(&config.gpt(VOCABULARY), config.train.seed, &device);
     model.f16 = f16;
     let (mut optimizer, mut position, mut losses) = (Optimizer::new(f16, inner), 0, Vec::new());

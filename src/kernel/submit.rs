@@ -4,7 +4,7 @@
 //! longer than 2 s, Metal kills one after about 5 s. Sixty-four launches of GPT-2 124M's head are 3.2 TFLOP: nothing to a large
 //! GPU, twenty seconds to a small one. So launches are counted in floating-point operations and submitted before they are too many.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 /// A byte that a kernel moves counts as this many operations: what small GPUs compute while they read one.
 const PER_BYTE: f64 = 10.0;
@@ -14,6 +14,8 @@ thread_local! {
     static QUEUED: Cell<f64> = const { Cell::new(0.0) };
     /// Launches since the step began; none: CubeCL submits as it likes.
     static OF_STEP: Cell<Option<u32>> = const { Cell::new(None) };
+    /// The work of every launch of this thread, while it is weighed.
+    static WEIGHED: RefCell<Option<Vec<f64>>> = const { RefCell::new(None) };
 }
 
 /// Launches of a step that are submitted by themselves, and launches at which this ends. In between twice as many are submitted
@@ -44,9 +46,30 @@ pub fn limit(kind: &str) -> f64 {
     if kind == "discrete" { 1e12 } else { 2e11 }
 }
 
+/// What `launches` gives, and the work of each launch that this thread makes meanwhile, in [`limit`]'s operations.
+pub fn weighed<T>(launches: impl FnOnce() -> T) -> (T, Vec<f64>) {
+    /// Ends it, also where the work panics.
+    struct Weighing;
+    impl Drop for Weighing {
+        fn drop(&mut self) {
+            WEIGHED.set(None);
+        }
+    }
+    WEIGHED.set(Some(Vec::new()));
+    let _weighing = Weighing;
+    let done = launches();
+    (done, WEIGHED.take().unwrap_or_default())
+}
+
+/// The most work in any `count` launches that follow each other.
+pub fn heaviest(works: &[f64], count: usize) -> f64 {
+    works.windows(count.min(works.len()).max(1)).map(|window| window.iter().sum()).fold(0.0, f64::max)
+}
+
 /// Counts a launch of `flops` over `bytes`, and says whether what was launched before has to be submitted first.
 pub fn is_full(flops: f64, bytes: usize, limit: f64) -> bool {
     let work = flops + PER_BYTE * bytes as f64;
+    WEIGHED.with_borrow_mut(|weighed| weighed.iter_mut().for_each(|weighed| weighed.push(work)));
     let before = QUEUED.get();
     let full = is_early() || before > 0.0 && before + work > limit;
     QUEUED.set(if full { work } else { before + work });
@@ -62,6 +85,21 @@ mod tests {
         let full: Vec<bool> = [40.0, 40.0, 40.0, 200.0, 0.0, 1.0].map(|flops| is_full(flops, 0, 100.0)).into();
         assert_eq!(full, [false, false, true, true, true, false]);
         assert!(is_full(0.0, 10, 100.0), "bytes count too");
+    }
+
+    #[test]
+    fn launches_are_weighed_and_the_heaviest_in_a_row_are_found() {
+        let ((), works) = weighed(|| {
+            for flops in [1.0, 5.0, 2.0, 4.0, 0.0] {
+                is_full(flops, 0, f64::INFINITY);
+            }
+            is_full(0.0, 1, f64::INFINITY);
+        });
+        assert_eq!(works, [1.0, 5.0, 2.0, 4.0, 0.0, PER_BYTE]);
+        assert_eq!([1, 2, 3, 6, 64].map(|count| heaviest(&works, count)), [10.0, 10.0, 14.0, 22.0, 22.0]);
+        assert_eq!(heaviest(&[], 64), 0.0);
+        is_full(7.0, 0, f64::INFINITY);
+        assert!(weighed(|| ()).1.is_empty(), "a launch outside");
     }
 
     #[test]

@@ -7,36 +7,28 @@ use burn::tensor::{Shape, Slice, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::Tensors;
+use super::verdict::VERDICT;
 use crate::cpu;
 use crate::kernel::lanes::serves;
 use crate::kernel::slots::{self, Slot, SlotKernel};
 use crate::kernel::{Kernel, empty, own};
 
-/// The numbers of one AdamW step. Loshchilov and Hutter's decoupled decay, with PyTorch's order of operations. The bias
-/// correction, which counts the updates made, comes with the verdict.
+/// The numbers of AdamW that are the same in every step. Loshchilov and Hutter's decoupled decay, with PyTorch's order of operations.
+/// Learning rate, decay and bias correction come with the verdict.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
-    /// Learning rate of this step.
-    pub lr: f64,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
     pub beta2: f64,
     /// Added to the denominator.
     pub eps: f64,
-    /// Decoupled weight decay of the parameters that decay.
-    pub weight_decay: f64,
 }
 
 impl AdamW {
     /// β1, 1 - β1, β2, 1 - β2 and ε: each made in f64, used in f32.
     pub fn factors(&self) -> [f32; 5] {
         [self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, self.eps].map(|factor| factor as f32)
-    }
-
-    /// What a parameter that decays, or does not, is multiplied by: 1 - lr λ or 1.
-    pub fn keep(&self, decays: bool) -> f64 {
-        if decays { 1.0 - self.lr * self.weight_decay } else { 1.0 }
     }
 }
 
@@ -80,7 +72,7 @@ impl AdamWOps for Flex {
             return one_by_one([p, g, m, v], decays, update);
         }
         let verdict = cpu::contiguous(verdict);
-        let words: [f32; 4] = std::array::from_fn(|i| cpu::values(&verdict)[i]);
+        let words: [f32; VERDICT] = std::array::from_fn(|i| cpu::values(&verdict)[i]);
         let [_, applied, ..] = words;
         if applied == 0.0 {
             return (p, m, v);
@@ -161,7 +153,7 @@ fn composed_update<B: Backend>(
     let root = B::float_mul(B::float_sqrt(new_v.clone()), word(3));
     let denominator = B::float_add_scalar(root, eps.into());
     let update = B::float_mul(B::float_div(new_m.clone(), denominator), word(2));
-    let decayed = B::float_mul_scalar(p.clone(), hyper.keep(decays).into());
+    let decayed = if decays { B::float_mul(p.clone(), word(4)) } else { p.clone() };
     let new_p = B::float_sub(decayed, update);
     // Where nothing is applied g may be NaN: the old values are taken, not multiplied.
     let bools = get_device_settings::<B>(&p.device()).bool_dtype;
@@ -226,7 +218,7 @@ pub fn launch_square_sums(gradients: &[&CubeTensor], sums: &CubeTensor, most: us
 pub fn launch_update(parameters: &[([&CubeTensor; 4], bool)], verdict: &CubeTensor, hyper: AdamW, most: usize) {
     let mut slots = Vec::with_capacity(parameters.len());
     for (tensors, decays) in parameters {
-        slots.push(Slot { buffers: tensors.to_vec(), factor: hyper.keep(*decays) as f32 });
+        slots.push(Slot { buffers: tensors.to_vec(), factor: f32::from(*decays) });
     }
     UPDATE.launch(&slots, &[verdict], &hyper.factors().map(f32::to_bits), most);
 }

@@ -16,7 +16,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous};
 
 use crate::cpu;
 use crate::kernel::lanes::Lanes;
-use crate::kernel::{Kernel, PHILOX, empty_like, fold, matrix};
+use crate::kernel::{Kernel, PHILOX, clock, empty_like, fold, matrix};
 use crate::rng::{philox4x32_7, philox4x32_7_lanes};
 
 /// One place in the model, at one step, that drops elements.
@@ -96,16 +96,10 @@ impl Dropout {
         }
     }
 
-    /// The words of a kernel's parameters: seed, step, site, threshold, scale.
+    /// The words of a kernel's parameters: seed, the step's distance from the clock, site, threshold, scale.
     pub fn params(&self) -> [u32; 6] {
-        [
-            self.seed as u32,
-            (self.seed >> 32) as u32,
-            self.step,
-            self.site,
-            self.threshold(),
-            self.keep_scale().to_bits(),
-        ]
+        let distance = if self.is_on() { clock::distance(self.step) } else { 0 };
+        [self.seed as u32, (self.seed >> 32) as u32, distance, self.site, self.threshold(), self.keep_scale().to_bits()]
     }
 }
 

@@ -6,7 +6,7 @@ use burn::tensor::{Shape, Tensor, TensorData};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use crate::kernel::lanes::serves;
-use crate::kernel::{Kernel, Made, empty, own};
+use crate::kernel::{Kernel, Made, clock, empty, own};
 
 /// Losses and norms of the last steps that an outlier is measured against, as in llm.c.
 pub const WINDOW: usize = 128;
@@ -46,8 +46,9 @@ pub mod state {
 }
 
 /// Elements of a verdict: the factor on the gradient (unscaling and clip); 1 where the update is made, else 0; AdamW's
-/// lr / (1 - β1^t) and 1 / √(1 - β2^t).
-pub const VERDICT: usize = 4;
+/// lr / (1 - β1^t) and 1 / √(1 - β2^t); what parameters that decay are multiplied by. All that an update needs and that changes from
+/// step to step is here, so that its launches are the same in every step.
+pub const VERDICT: usize = 5;
 
 /// PyTorch's GradScaler: the scale doubles after this many finite steps and halves with every other.
 pub const GROWTH_INTERVAL: f32 = 2000.0;
@@ -69,6 +70,8 @@ pub struct Rules {
     pub grad_clip: f64,
     /// Learning rate.
     pub lr: f64,
+    /// AdamW's decoupled decay.
+    pub weight_decay: f64,
     /// AdamW's decay of the first moment.
     pub beta1: f64,
     /// AdamW's decay of the second moment.
@@ -82,11 +85,10 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// The words of the kernel's parameters behind the number of sums.
-    pub fn params(&self) -> [u32; 7] {
+    /// The words of the kernel's parameters behind the number of sums. The learning rate stands in the [`clock`].
+    pub fn params(&self) -> [u32; 6] {
         [
             (self.grad_clip as f32).to_bits(),
-            (self.lr as f32).to_bits(),
             (self.beta1.ln() as f32).to_bits(),
             (self.beta2.ln() as f32).to_bits(),
             u32::from(self.dynamic_scale),
@@ -94,6 +96,16 @@ impl Rules {
             (self.parts as f32).to_bits(),
         ]
     }
+}
+
+/// What parameters that decay are multiplied by: made in f64, used in f32.
+fn keep(lr: f64, weight_decay: f64) -> f32 {
+    (1.0 - lr * weight_decay) as f32
+}
+
+/// Sets the learning rate of this thread's verdicts from now on, recorded ones too, in the [`clock`].
+pub fn set_rates(lr: f64, weight_decay: f64) {
+    clock::set_rates(lr as f32, keep(lr, weight_decay));
 }
 
 /// What is remembered before the first step.
@@ -165,6 +177,7 @@ pub fn judge(square_sum: f32, loss: f32, memory: &mut [f32], rules: &Rules) -> [
         f32::from(applied),
         rules.lr as f32 / one_minus_exp(t * beta1),
         one_minus_exp(t * beta2).sqrt().recip(),
+        keep(rules.lr, rules.weight_decay),
     ]
 }
 
@@ -227,6 +240,7 @@ fn make() -> Kernel {
 pub fn launch(sums: &CubeTensor, loss: &CubeTensor, memory: &CubeTensor, verdict: &CubeTensor, rules: &Rules) {
     let mut params = vec![sums.meta.shape().num_elements() as u32];
     params.extend(rules.params());
+    set_rates(rules.lr, rules.weight_decay);
     kernel().launch((1, 1, 1), &[sums, loss, memory, verdict], &params);
 }
 
@@ -262,6 +276,7 @@ mod tests {
     const RULES: Rules = Rules {
         grad_clip: 1.0,
         lr: 1e-3,
+        weight_decay: 0.1,
         beta1: 0.9,
         beta2: 0.95,
         dynamic_scale: true,
@@ -294,8 +309,13 @@ mod tests {
         let mut memory = first_state(1024.0, 4);
         let verdict = judge((4.0 * 3.0f32 * 1024.0).powi(2), 8.0, &mut memory, &Rules { parts: 4, ..RULES });
         assert_eq!((memory[state::LOSS], memory[state::NORM], memory[state::UPDATES]), (2.0, 3.0, 5.0));
-        let want =
-            [1.0 / 3.0 / 1024.0 / 4.0, 1.0, 1e-3 / (1.0 - 0.9f64.powi(5)), (1.0 - 0.95f64.powi(5)).sqrt().recip()];
+        let want = [
+            1.0 / 3.0 / 1024.0 / 4.0,
+            1.0,
+            1e-3 / (1.0 - 0.9f64.powi(5)),
+            (1.0 - 0.95f64.powi(5)).sqrt().recip(),
+            1.0 - 1e-4,
+        ];
         for (got, want) in verdict.iter().zip(want) {
             assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{verdict:?}");
         }

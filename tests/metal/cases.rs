@@ -10,12 +10,19 @@ mod layer_norm;
 mod linear;
 mod verdict;
 
-use gpt_wgpu::kernel::Kernel;
+use gpt_wgpu::kernel::{Kernel, clock};
+use gpt_wgpu::ops::verdict::set_rates;
 use half::f16;
 
-/// Every case of every operation.
+/// The step that the cases' uniforms count from.
+const CLOCK: u32 = 3;
+
+/// Every case of every operation, with the clock at [`CLOCK`] where a kernel has one.
 pub fn all() -> Vec<Case> {
-    [
+    clock::set_step(CLOCK);
+    set_rates(verdict::RULES.lr, verdict::RULES.weight_decay);
+    let words = clock::words().map(f64::from);
+    let mut cases = [
         attention::cases(),
         dropout::cases(),
         linear::cases(),
@@ -26,7 +33,11 @@ pub fn all() -> Vec<Case> {
         cross_entropy::cases(),
         cast::cases(),
     ]
-    .concat()
+    .concat();
+    for case in cases.iter_mut().filter(|case| case.kernel.is_clocked()) {
+        case.buffers.push(Buffer::input("clock", Elem::Int, &words));
+    }
+    cases
 }
 
 /// A grid of two rows, as `kernel::fold` makes of very many groups; one group too many where they are odd.

@@ -223,14 +223,17 @@ pub fn kernel(spec: &Spec) -> Kernel {
 fn make(spec: &Spec) -> Kernel {
     let Spec { variant, layout, epilogue, bias, f16, access, ragged, scaled, tile } = *spec;
     let elem = |f16: bool| if f16 { "f16" } else { "f32" };
+    // Bindings: A, B, out, then the bias, the extra matrix and the clock where there are any, then the parameters.
+    let extra = 3 + u32::from(bias);
+    let clock = extra + u32::from(epilogue != Epilogue::Plain);
+    let params = clock + u32::from(matches!(epilogue, Epilogue::Residual { .. }));
     let (kind, detail) = match epilogue {
         Epilogue::Plain => ("plain", String::new()),
         Epilogue::Gelu { tanh } => ("gelu", format!("const GELU_TANH: bool = {tanh};\n")),
-        Epilogue::Residual { dropout } => ("residual", format!("const DROPOUT: bool = {dropout};\n")),
+        Epilogue::Residual { dropout } => {
+            ("residual", format!("const DROPOUT: bool = {dropout};\nconst CLOCK: u32 = {clock}u;\n"))
+        }
     };
-    // Bindings: A, B, out, then the bias and the extra matrix where there are any, then the parameters.
-    let extra = 3 + u32::from(bias);
-    let params = extra + u32::from(epilogue != Epilogue::Plain);
     let multiplies_f16 = matches!(variant, Variant::Coop { f16: true, .. });
     // The comment tells a reader of the header what the constants do not.
     let name = match access {

@@ -5,6 +5,7 @@ use gpt_wgpu::kernel::slots::MOST;
 use gpt_wgpu::ops::adamw::{AdamW, square_sums_kernel, update_kernel};
 
 use super::{Buffer, Case, Elem, two_rows};
+use crate::common::twins::AdamWStep;
 use crate::common::{Random, twins};
 
 pub fn cases() -> Vec<Case> {
@@ -18,8 +19,9 @@ pub fn cases() -> Vec<Case> {
 
 /// Every second parameter decays. Where it is not `applied`, nothing may be touched, and the gradients may be anything.
 fn update(counts: &[usize], applied: bool) -> Case {
-    let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut verdict = twins::verdict(0.5, hyper, 3);
+    let hyper = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8 };
+    let step = AdamWStep { lr: 1e-2, weight_decay: 0.1, hyper };
+    let mut verdict = twins::verdict(0.5, step, 3);
     if !applied {
         verdict[1] = 0.0;
     }
@@ -31,8 +33,7 @@ fn update(counts: &[usize], applied: bool) -> Case {
         let v: Vec<f64> = random.vec(count).iter().map(|v| v.abs()).collect();
         let (mut new_p, mut new_m, mut new_v) = (p.clone(), m.clone(), v.clone());
         if applied {
-            let alone = AdamW { weight_decay: if decays(i) { hyper.weight_decay } else { 0.0 }, ..hyper };
-            twins::adamw(&mut new_p, &g, &mut new_m, &mut new_v, 0.5, alone, 3);
+            twins::adamw(&mut new_p, &g, &mut new_m, &mut new_v, 0.5, step.of(decays(i)), 3);
         } else {
             g[count - 1] = f64::NAN;
             [&mut new_p, &mut new_m, &mut new_v].into_iter().for_each(|values| values.fill(f64::NAN));
@@ -42,7 +43,7 @@ fn update(counts: &[usize], applied: bool) -> Case {
         buffers.extend([rewritten("p", p, new_p), g, rewritten("m", m, new_m), rewritten("v", v, new_v)]);
     }
     buffers.push(Buffer::input("verdict", Elem::F32, &verdict));
-    let slots = counts.iter().enumerate().map(|(i, &count)| (count, hyper.keep(decays(i)) as f32));
+    let slots = counts.iter().enumerate().map(|(i, &count)| (count, f32::from(decays(i))));
     let (params, groups) = update_kernel().params(slots, 5, &hyper.factors().map(f32::to_bits));
     Case {
         kernel: update_kernel().kernel(Lanes::of(counts[0]), counts.len()),

@@ -5,8 +5,17 @@ use gpt_wgpu::ops::verdict::{self, Rules, SCALES, VERDICT, WINDOW, first_state, 
 use super::{Buffer, Case, Elem};
 use crate::common::Random;
 
-const RULES: Rules =
-    Rules { grad_clip: 1.0, lr: 1e-3, beta1: 0.9, beta2: 0.95, dynamic_scale: true, skip_spike_sigma: 0.0, parts: 3 };
+/// Learning rate and decay are the same in every case: they stand in the clock, which the cases share.
+pub const RULES: Rules = Rules {
+    grad_clip: 1.0,
+    lr: 1e-3,
+    weight_decay: 0.1,
+    beta1: 0.9,
+    beta2: 0.95,
+    dynamic_scale: true,
+    skip_spike_sigma: 0.0,
+    parts: 3,
+};
 const SIGMA: Rules = Rules { skip_spike_sigma: 5.0, ..RULES };
 
 pub fn cases() -> Vec<Case> {

@@ -209,6 +209,10 @@ pub const FAULTS: &[Fault] = &[
         from: "State(p_1[i], m_1[i], v_1[i])", to: "State(p_1[i], m_2[0], v_1[i])", found_by: Layer::Race,
     },
     Fault {
+        what: "a decay of what does not decay", kernel: "adamw", constants: &[],
+        from: "select(1.0, verdict[4], decays != 0.0)", to: "verdict[4]", found_by: Layer::Values,
+    },
+    Fault {
         what: "a slope without the clip", kernel: "adamw", constants: &[],
         from: "let slope = g * verdict[0];", to: "let slope = g;", found_by: Layer::Values,
     },
@@ -283,6 +287,14 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         what: "a loss scale below the least", kernel: "verdict", constants: &[],
         from: "max(0.5 * scale, LEAST_SCALE)", to: "0.5 * scale", found_by: Layer::Values,
+    },
+    Fault {
+        what: "another word of the clock for the rate", kernel: "verdict", constants: &[],
+        from: "clock[RATE]", to: "clock[KEEP]", found_by: Layer::Values,
+    },
+    Fault {
+        what: "another word of the clock for the decay", kernel: "verdict", constants: &[],
+        from: "clock[KEEP]", to: "clock[RATE]", found_by: Layer::Values,
     },
     Fault {
         what: "a rate of no update", kernel: "verdict", constants: &[],

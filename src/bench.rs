@@ -1,6 +1,6 @@
 //! One measurement of training speed as a report: warm-up, timed iterations, and what they are set against.
 //!
-//! What is timed is [`Replay::advance`], the step that training repeats, with batches that are made already. Each sample is one
+//! What is timed is [`replay::Replay::advance`], the step that training repeats, with batches that are made already. Each sample is one
 //! iteration by the host's clock, the device waited for, as docs/bench-schema.md wants it.
 
 mod energy;

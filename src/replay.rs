@@ -2,7 +2,7 @@
 //!
 //! A step's launches are the same every time, and to make them costs the host more than some GPUs need to do them. CubeCL can record
 //! them, with their buffers and parameters, and hand them to the device again for a tenth of the time. What is not the same in
-//! every step stands in buffers, which are written before each replay: the micro-batches' tokens and targets, and the [`clock`].
+//! every step stands in buffers, which are written before each replay: the micro-batches' tokens and targets, and the [`kernel::clock`].
 //!
 //! What is recorded is not run. So a step is recorded and then replayed, as all that follow it. Between two evaluations that is:
 //! 1. A step as usual, on the tensors that the recording will have. What memory it needs the pool has afterwards.

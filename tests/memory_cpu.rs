@@ -13,7 +13,7 @@ use gpt_wgpu::model::{Gpt, GptConfig};
 use gpt_wgpu::ops::linear::Gelu;
 use gpt_wgpu::optim::Optimizer;
 use gpt_wgpu::recompute::Recompute;
-use gpt_wgpu::train::{Step, upload};
+use gpt_wgpu::train::Step;
 
 /// The system's allocator, which keeps count.
 struct Counting;
@@ -60,10 +60,10 @@ const TOLERANCE: f64 = 0.1;
 fn measured(gpt: &GptConfig, config: &Config) -> usize {
     let inner = device::choose(DeviceSpec::Cpu).unwrap().device;
     let device = inner.clone().autodiff();
-    let (batch_size, time) = (config.data.batch_size, gpt.block_size);
-    let tokens: Vec<i32> = (0..batch_size * time).map(|i| (i * 7 % gpt.vocab_size) as i32).collect();
-    let batch = |_| Ok(upload(&Batch { x: tokens.clone(), y: tokens.clone() }, batch_size, &device));
-    let step = Step { config, batch: &batch };
+    let tokens: Vec<i32> =
+        (0..config.data.batch_size * gpt.block_size).map(|i| (i * 7 % gpt.vocab_size) as i32).collect();
+    let batch = |_| Ok(Batch { x: tokens.clone(), y: tokens.clone() });
+    let step = Step { config, device: &device, batch: &batch };
     let before = ALIVE.load(Ordering::Relaxed);
     let mut model = Gpt::init(gpt, 1, &device);
     let (mut optimizer, mut position) = (Optimizer::new(false, &inner), 0);

@@ -6,6 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Device, Tensor};
 use common::guarded::primitive;
@@ -24,6 +25,12 @@ use gpt_wgpu::replay::Replay;
 use gpt_wgpu::train::{self, Ended, Run, Start, Step};
 
 const VOCABULARY: usize = 37;
+
+/// Tests of this file run one after the other: they look at what the device's pool can give, which all threads share.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A small model with everything in it: dropout, biases, a moving learning rate.
 fn config(accumulation: usize, recompute: Recompute) -> Config {
@@ -101,6 +108,7 @@ fn ways() -> Vec<(Device, bool)> {
 
 #[test]
 fn replayed_steps_are_steps_made_anew_to_the_bit() {
+    let _alone = alone();
     for (device, f16) in ways() {
         for recompute in [Recompute::None, Recompute::AttentionMlp, Recompute::Block] {
             for accumulation in [1, 2] {
@@ -131,6 +139,7 @@ fn replayed_steps_are_steps_made_anew_to_the_bit() {
 /// An overflow is skipped in a replay as in a step made anew, and moves the loss scale.
 #[test]
 fn an_overflow_in_a_replayed_step_halves_the_loss_scale() {
+    let _alone = alone();
     let Some(device) = gpu_with_f16() else { return };
     let config = config(2, Recompute::None);
     let run = |replayed| {
@@ -155,6 +164,7 @@ fn an_overflow_in_a_replayed_step_halves_the_loss_scale() {
 /// Where the pool has not the memory that the recording was to find, it fails, and the step is made anew, as are all others.
 #[test]
 fn a_failed_recording_loses_nothing() {
+    let _alone = alone();
     for (device, f16) in ways() {
         // Whose activations fill pages of their own
         let mut config = config(2, Recompute::None);
@@ -178,6 +188,7 @@ fn a_failed_recording_loses_nothing() {
 /// Another recording on its way is in the way of ours.
 #[test]
 fn a_recording_that_is_refused_loses_nothing() {
+    let _alone = alone();
     let Some(device) = gpu() else { return };
     let config = config(1, Recompute::None);
     let client = primitive(tensor(&[0.0], [1], &device)).client;
@@ -202,6 +213,7 @@ fn a_recording_that_is_refused_loses_nothing() {
 /// A parameter that somebody else holds is not rewritten in place: the step that finds this out is still right.
 #[test]
 fn a_moment_that_is_held_is_not_recorded() {
+    let _alone = alone();
     let Some(device) = gpu() else { return };
     let config = config(2, Recompute::None);
     let want = ten_steps(&device, false, &config, false, &mut |_, _, _, _| ());
@@ -271,6 +283,7 @@ fn left(dir: &Path, out_dir: &str) -> (Vec<Record>, [Vec<u8>; 2]) {
 
 #[test]
 fn a_run_with_replays_is_the_run_without_them_and_so_is_its_resumption() {
+    let _alone = alone();
     for (device, f16) in ways() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path();

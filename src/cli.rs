@@ -204,6 +204,12 @@ fn stop_flag() -> Result<&'static AtomicBool> {
     Ok(&STOP)
 }
 
+/// Lets Ctrl-C end what has nothing to save, also where the shell has told the program not to mind it.
+fn end_at_ctrl_c() -> Result<()> {
+    ctrlc::set_handler(|| std::process::exit(130))?;
+    Ok(())
+}
+
 /// The checkpoint that a command should read: `best` where there is one, else `last`.
 fn best_or_last(out_dir: &Path, name: Option<&str>) -> PathBuf {
     match name {

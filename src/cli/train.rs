@@ -8,7 +8,9 @@ use anyhow::{Context, Result, bail, ensure};
 use burn::module::Module;
 use clap::{ArgMatches, Args, parser::ValueSource};
 
-use super::{Interrupted, explained, refuse_evaluation_that_cannot_fit, refuse_what_cannot_fit, stop_flag};
+use super::{
+    Interrupted, end_at_ctrl_c, explained, refuse_evaluation_that_cannot_fit, refuse_what_cannot_fit, stop_flag,
+};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, QUICKSTART};
 use crate::corpus;
@@ -110,8 +112,12 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     say(format!("number of parameters: {:.2}M", gpt.parameters() as f64 / 1e6));
     say(format!("tokens per iteration will be: {}", config.tokens_per_iter()));
 
-    // An evaluation alone has nothing to save: Ctrl-C ends it at once.
-    let stop = if config.train.eval_only { &NEVER } else { stop_flag()? };
+    let stop = if config.train.eval_only {
+        end_at_ctrl_c()?;
+        &NEVER
+    } else {
+        stop_flag()?
+    };
     let watchdog = Watchdog::start(failure::wgpu_device(&chosen.device), config.train.out_dir.clone())?;
     let (model, ended) = explained(&chosen.device, &config.train.out_dir, || {
         let run = Run {

@@ -57,7 +57,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a product's lower half", kernel: "dropout", constants: &[],
-        from: "u32((u64(a) * u64(b)) >> 32u)", to: "u32(u64(a) * u64(b))", found_by: Layer::Values,
+        from: "u32(product >> 32u)", to: "u32(product)", found_by: Layer::Values,
     },
     Fault {
         what: "no barrier between the tellers of a row and who is told", kernel: "attention_scalar_forward", constants: &[F32, D64, DROPS],

@@ -16,6 +16,7 @@ const B_BY_K: &str = "const B_BY_N: bool = false;";
 const EXACT: &str = "const RAGGED: bool = false;";
 const K_RAGGED: &str = "const K_RAGGED: bool = true;";
 const OCTS: &str = "// plain, octs, bias: true";
+const BARE_OCTS: &str = "// plain, octs, bias: false";
 const HALVES: &str = "alias elem = f16;";
 const SCALED: &str = "const A_SCALED: bool = true;";
 const GRADIENT: &str = "const GRADIENT: bool = true;";
@@ -149,7 +150,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a residual of the tiles before", kernel: "linear_coop", constants: &[RESIDUAL_SINGLES],
-        from: "others[j * LANE_QUADS / SCRATCH_TILES + q],", to: "others[q],", found_by: Layer::Values,
+        from: "others[place_of_other(q, i, j)],", to: "others[q],", found_by: Layer::Values,
     },
     Fault {
         what: "sums overwritten while they are read", kernel: "layer_norm_backward", constants: &[LANES67],
@@ -322,11 +323,19 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "packs counted as quads", kernel: "linear_coop", constants: &[OCTS],
-        from: "return a[index / PACK];", to: "return a[index / 4u];", found_by: Layer::Bounds,
+        from: "const UNIT: u32 = PACK;", to: "const UNIT: u32 = 4u;", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "the same tile again", kernel: "linear_coop", constants: &[BARE_OCTS, A_BY_M, EXACT],
+        from: "        at_a[i] += step_a;\n", to: "", found_by: Layer::Values,
+    },
+    Fault {
+        what: "rows staged where others were loaded", kernel: "linear_coop", constants: &[BARE_OCTS, A_BY_M, EXACT],
+        from: "slot_a = row_in(thread, A_ROW_PACKS)", to: "slot_a = thread / A_ROW_PACKS", found_by: Layer::Values,
     },
     Fault {
         what: "a pack's second quad in the place of its first", kernel: "linear_coop", constants: &[OCTS],
-        from: "store_a(place + 4u / SLOT, ", to: "store_a(place, ", found_by: Layer::Values,
+        from: "store_a(slot + 4u / SLOT, ", to: "store_a(slot, ", found_by: Layer::Values,
     },
     Fault {
         what: "a pack behind the row's last", kernel: "linear_coop", constants: &[OCTS, K_RAGGED],

@@ -12,7 +12,7 @@ use gpt_wgpu::kernel::{self, Variant};
 use gpt_wgpu::ops::dropout::Dropout;
 use gpt_wgpu::ops::linear::Gelu;
 use gpt_wgpu::ops::linear::product::Product;
-use gpt_wgpu::ops::linear::tiles::{Epilogue, Layout};
+use gpt_wgpu::ops::linear::tiles::{Epilogue, Layout, has_slopes};
 
 const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 0xfeed_beef_cafe, step: 3, site: 0x101 };
 const LAYOUTS: [Layout; 3] = [Layout::Nt, Layout::Nn, Layout::Tn];
@@ -208,6 +208,40 @@ fn a_tall_sum_is_split_and_added_in_order() {
                 let old = |i: usize| if accumulate { before[i] } else { 0.0 };
                 let want: Vec<f64> = case.product.iter().enumerate().map(|(i, v)| v + old(i)).collect();
                 assert_close(&what, &got, &want, mode.tolerance(3e-5));
+                assert_eq!(got, run(), "{what} differs from run to run");
+            }
+        }
+    });
+}
+
+/// An input's gradient through the GELU before it.
+#[test]
+fn a_gradient_goes_on_through_gelus_slope() {
+    on_gpu(|device, mode| {
+        // h has the type of what leaves.
+        if !has_slopes(mode.variant) || mode.f16 != mode.out_f16 {
+            return;
+        }
+        for sizes in [[5, 3, 2], [65, 68, 32], [66, 264, 24], [128, 128, 64]] {
+            let case = Case::new(Layout::Nn, sizes, mode);
+            let [m, n, k] = sizes;
+            // Far out too, where the slope is 0 or 1.
+            let h: Vec<f64> = Random(n as u64).of(mode.out_f16, m * n).iter().map(|v| v * 8.0).collect();
+            let a = matrix(mode.f16, &case.a, k, k, device);
+            let [b, h_tensor] = [(mode.f16, &case.b), (mode.out_f16, &h)].map(|(f16, v)| matrix(f16, v, n, n, device));
+            for kind in [Gelu::Erf, Gelu::Tanh] {
+                let what = case.what(mode, &format!("{kind:?}"));
+                let epilogue = Epilogue::GeluSlope { tanh: kind == Gelu::Tanh };
+                let run = || {
+                    let out = Guarded::of(mode.out_f16, [m, n], device);
+                    let product = Product::plain(Layout::Nn, &a, &b, m, n, k);
+                    Product { epilogue, extra: Some(&h_tensor), ..product }.launch(mode.variant, &out.inside);
+                    out.values(&what)
+                };
+                let got = run();
+                let slope = |(v, h): (&f64, &f64)| v * common::twins::gelu_slope(*h, kind);
+                let want: Vec<f64> = case.product.iter().zip(&h).map(slope).collect();
+                assert_close(&what, &got, &want, mode.tolerance(1e-5));
                 assert_eq!(got, run(), "{what} differs from run to run");
             }
         }

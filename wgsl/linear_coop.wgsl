@@ -22,6 +22,7 @@
 //     RAGGED      bool: whether M or N is no multiple of BLOCK_M or BLOCK_N
 //     K_RAGGED    bool: whether K is no multiple of BLOCK_K
 //     A_SCALED            bool: whether A is multiplied by params.a_scale before it is rounded to mat_elem
+//     IS_ONE              bool: the contrary
 // Workgroup: THREADS = SUBGROUP_ROWS * SUBGROUP_COLS * SUBGROUP_SIZE.
 // Grid: splits * ceil(M / BLOCK_M) * ceil(N / BLOCK_N) workgroups, folded into (x, y) when over 65535.
 

@@ -11,7 +11,7 @@ fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>, other: vec4<out_elem>)
     }
     let count = min(4u, params.n - col);
     let index = row * params.out_stride + col;
-    let hidden = sum * params.out_scale + bias_at(col);
+    let hidden = unscaled(sum) + bias_at(col);
     store_extra(index, count, hidden);
     store_out(index, count, gelu(hidden));
 }

@@ -49,3 +49,7 @@ fn quad_of_b(pack: b_pack, i: u32) -> vec4<f32> {
 fn store_out(index: u32, count: u32, value: vec4<f32>) {
     out[index / 4u] = vec4<out_elem>(value);
 }
+
+fn load_out(index: u32, count: u32) -> vec4<out_elem> {
+    return out[index / 4u];
+}

@@ -3,7 +3,8 @@
 //     out (M, N) = epilogue(A (M, K) B (K, N)), every matrix row-major
 //
 // Expects from the header: BLOCK_M, BLOCK_N (rows and columns of out that a workgroup computes); RAGGED and
-// K_RAGGED (bool: whether M or N, or K, is no multiple of the block's); PARAMS, the binding.
+// K_RAGGED (bool: whether M or N, or K, is no multiple of the block's); IS_ONE (bool: whether out_scale is known to be 1); PARAMS, the
+// binding.
 
 struct Params {
     m: u32,
@@ -76,3 +77,8 @@ fn row_of_k(k: u32) -> u32 { return select(k, min(k, params.k - 1u), K_RAGGED); 
 fn pack_of_m(m: u32) -> u32 { return select(m, min(m, (params.m - 1u) / PACK * PACK), RAGGED); }
 fn pack_of_n(n: u32) -> u32 { return select(n, min(n, (params.n - 1u) / PACK * PACK), RAGGED); }
 fn pack_of_k(k: u32) -> u32 { return select(k, min(k, (params.k - 1u) / PACK * PACK), K_RAGGED); }
+
+// Sums without the factor on A. Where it is known to be 1, a multiplication for each element would be 1 % of a cooperative product's time.
+fn unscaled(sum: vec4<f32>) -> vec4<f32> {
+    return sum * select(params.out_scale, 1.0, IS_ONE);
+}

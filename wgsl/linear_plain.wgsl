@@ -10,5 +10,5 @@ fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>, other: vec4<out_elem>)
         return;
     }
     let index = (split * params.m + row) * params.out_stride + col;
-    store_out(index, min(4u, params.n - col), sum * params.out_scale + bias_at(col));
+    store_out(index, min(4u, params.n - col), unscaled(sum) + bias_at(col));
 }

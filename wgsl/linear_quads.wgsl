@@ -23,3 +23,7 @@ fn load_b(index: u32) -> b_pack {
 fn store_out(index: u32, count: u32, value: vec4<f32>) {
     out[index / 4u] = vec4<out_elem>(value);
 }
+
+fn load_out(index: u32, count: u32) -> vec4<out_elem> {
+    return out[index / 4u];
+}

@@ -30,3 +30,12 @@ fn store_out(index: u32, count: u32, value: vec4<f32>) {
         out[index + i] = out_elem(value[i]);
     }
 }
+
+// The `count` elements of the quad that belong to the row; zeros behind them.
+fn load_out(index: u32, count: u32) -> vec4<out_elem> {
+    var value = vec4<out_elem>();
+    for (var i = 0u; i < count; i++) {
+        value[i] = out[index + i];
+    }
+    return value;
+}

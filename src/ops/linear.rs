@@ -11,7 +11,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use serde::{Deserialize, Serialize};
 
 use self::product::{Product, sum_parts, sum_parts_kernel};
-use self::tiles::{Epilogue, Layout};
+use self::tiles::{Epilogue, Layout, has_slopes};
 use super::dropout::{Dropout, DropoutOps};
 use super::{Optional, gradient_scale};
 use crate::cpu::{
@@ -75,6 +75,11 @@ pub trait LinearOps: DropoutOps {
     /// dh = dy · gelu'(h).
     fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
         composed::gelu_dh::<Self>(dy, h, gelu)
+    }
+
+    /// dh (..., K) = (dy (..., N) · w (N, K)) · gelu'(h (..., K)): through a layer whose input is gelu(h).
+    fn linear_dh(dy: FloatTensor<Self>, w: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
+        Self::gelu_dh(Self::linear_dx(dy, w), h, gelu)
     }
 
     /// y = residual + dropout(x Wᵀ + b).
@@ -259,6 +264,22 @@ fn layer(
     y
 }
 
+/// epilogue(dy w) into a new tensor.
+fn input_gradient(
+    variant: Variant,
+    dy: CubeTensor,
+    w: CubeTensor,
+    epilogue: Epilogue,
+    extra: Option<&CubeTensor>,
+) -> CubeTensor {
+    let (dy, w) = (into_contiguous(dy), into_contiguous(w));
+    let ((rows, outputs), inputs) = (matrix(&dy), w.meta.shape()[1]);
+    let dx = empty_with_columns(&dy, inputs);
+    let product = Product::plain(Layout::Nn, &dy, &w, rows, inputs, outputs);
+    Product { scale: gradient_scale(&dy, rows), epilogue, extra, ..product }.launch(variant, &dx);
+    dx
+}
+
 impl LinearOps for CubeBackend {
     fn linear_forward(x: FloatTensor<Self>, w: FloatTensor<Self>, b: Optional<Self>) -> FloatTensor<Self> {
         let Some(variant) = kernel::variant(&x) else {
@@ -271,12 +292,15 @@ impl LinearOps for CubeBackend {
         let Some(variant) = kernel::variant(&dy) else {
             return composed::dx::<Self>(dy, w);
         };
-        let (dy, w) = (into_contiguous(dy), into_contiguous(w));
-        let ((rows, outputs), inputs) = (matrix(&dy), w.meta.shape()[1]);
-        let dx = empty_with_columns(&dy, inputs);
-        let product = Product::plain(Layout::Nn, &dy, &w, rows, inputs, outputs);
-        Product { scale: gradient_scale(&dy, rows), ..product }.launch(variant, &dx);
-        dx
+        input_gradient(variant, dy, w, Epilogue::Plain, None)
+    }
+
+    fn linear_dh(dy: FloatTensor<Self>, w: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
+        let Some(variant) = kernel::variant(&dy).filter(|&variant| has_slopes(variant)) else {
+            return Self::gelu_dh(Self::linear_dx(dy, w), h, gelu);
+        };
+        let epilogue = Epilogue::GeluSlope { tanh: gelu == Gelu::Tanh };
+        input_gradient(variant, dy, w, epilogue, Some(&into_contiguous(h)))
     }
 
     fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {

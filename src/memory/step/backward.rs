@@ -1,9 +1,9 @@
 //! What the backward takes, and when what was kept goes.
 
-use super::{Buffer, F32, Half, Kept, Replayer, Use};
+use super::{Buffer, Engine, F32, Half, Kept, Replayer, Use};
 use crate::cpu;
 use crate::ops::layer_norm::BACKWARD_GROUPS;
-use crate::ops::linear::BLOCK_ROWS;
+use crate::ops::linear::{BLOCK_ROWS, tiles::has_slopes};
 
 impl Replayer<'_> {
     /// dw (and db) of a linear layer.
@@ -102,6 +102,15 @@ impl Replayer<'_> {
         dx
     }
 
+    /// Whether GELU's slope is multiplied where the gradient of its output is made: by that product, or in its place.
+    fn takes_slope_along(&self) -> bool {
+        match self.shape.engine {
+            Engine::Kernels(variant) => has_slopes(variant),
+            Engine::Loops(_) => true,
+            Engine::Composed => false,
+        }
+    }
+
     fn mlp_backward(&mut self, dy: Buffer, half: Half) -> Buffer {
         let mut inside = half.inside.into_iter();
         let h = inside.next();
@@ -110,13 +119,12 @@ impl Replayer<'_> {
             let steps = [(); 4].map(|()| self.cotangent("the MLP's hidden layer", 4));
             self.give_all(steps);
         }
-        let dh = match self.loops() {
-            Some(_) => dhidden, // in its place
-            None => {
-                let dh = self.cotangent("the MLP's hidden layer", 4);
-                self.give(dhidden);
-                dh
-            }
+        let dh = if self.takes_slope_along() {
+            dhidden
+        } else {
+            let dh = self.cotangent("the MLP's hidden layer", 4);
+            self.give(dhidden);
+            dh
         };
         self.give_all(h);
         self.input_backward(dy, dh, 4, (half.x, half.stats, half.normed))

@@ -72,12 +72,13 @@ impl<'a> Product<'a> {
 
     /// Queues the product into `out` with K split over workgroups where M × N alone gives too few of them: a weight's
     /// gradient, or what comes back through a head. The parts are added in a fixed order. `accumulate` adds to what
-    /// `out` (without padding) holds.
+    /// `out` (f32, without padding) holds. Nothing else follows the sums.
     pub fn launch_tall(&self, variant: Variant, out: &CubeTensor, accumulate: bool) {
         let tile = tiles::choose(variant, self.a.dtype == DType::F16, self.m, self.n, true);
         let (splits, k_split) = splits(variant, tile, [self.m, self.n, self.k]);
-        if splits <= 1 && !accumulate {
-            return self.launch_split(variant, tile, self.k, out);
+        if splits <= 1 {
+            let epilogue = if accumulate { Epilogue::Added } else { self.epilogue };
+            return Self { epilogue, ..*self }.launch_split(variant, tile, self.k, out);
         }
         let parts = kernel::empty_of(out, Shape::new([splits, self.m, self.n]), DType::F32);
         self.launch_split(variant, tile, k_split, &parts);
@@ -185,11 +186,7 @@ impl Plan {
             scaled: self.is_scaled(),
             tile,
         };
-        let epilogue = match self.epilogue {
-            Epilogue::Plain => "",
-            Epilogue::Gelu { .. } => "gelu",
-            Epilogue::Residual { .. } => "residual",
-        };
+        let epilogue = self.epilogue.name();
         let work = Work { flops: 2.0 * (m * n) as f64 * k as f64, sizes: Some(self.sizes), epilogue };
         tiles::kernel(&spec).with_work(work)
     }

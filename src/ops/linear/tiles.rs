@@ -30,6 +30,31 @@ pub enum Epilogue {
         /// Whether anything is dropped.
         dropout: bool,
     },
+    /// out = sum · gelu'(extra), where [`has_slopes`]; whether by tanh.
+    GeluSlope {
+        /// The tanh approximation, else the error function.
+        tanh: bool,
+    },
+    /// out = out + sum + bias.
+    Added,
+}
+
+impl Epilogue {
+    /// Whether a second matrix is read or written.
+    pub fn has_extra(self) -> bool {
+        !matches!(self, Self::Plain | Self::Added)
+    }
+
+    /// What follows the sums, for profiles; empty where nothing does.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::Gelu { .. } => "gelu",
+            Self::Residual { .. } => "residual",
+            Self::GeluSlope { .. } => "gelu slope",
+            Self::Added => "added",
+        }
+    }
 }
 
 /// Which of a product's sizes are no multiples of the tile's. Masks over K cost a third of the speed, clamps of rows and columns
@@ -139,6 +164,13 @@ pub fn choose(variant: Variant, f16: bool, m: usize, n: usize, tall: bool) -> Ti
     }
 }
 
+/// Whether the product that makes the gradient of GELU's output multiplies by its slope too. On matrix units it does not: they wait for
+/// the slope's load and arithmetic, which made 16384 x 1536 x 384 in f16 0.156 ms, where both apart take 0.139. In f32 it is 0.463 instead
+/// of 0.508.
+pub fn has_slopes(variant: Variant) -> bool {
+    variant == Variant::Scalar
+}
+
 /// Rows of a subgroup's matrices that the epilogue's second matrix is loaded ahead: where one workgroup fills a processor, nothing else
 /// hides the time it takes, and a thread of [`DEEP`] has the registers for it in f16.
 fn extra_rows(tile: Tile, f16: bool) -> u32 {
@@ -196,17 +228,26 @@ fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
             for epilogue in forward {
                 kernels.extend([false, true].map(|bias| kernel(&Spec { epilogue, bias, ..plain })));
             }
-            for layout in [Layout::Nn, Layout::Tn] {
+            // A weight's gradient is added to another where a head has several chunks.
+            let mut backward =
+                vec![(Layout::Nn, Epilogue::Plain), (Layout::Tn, Epilogue::Plain), (Layout::Tn, Epilogue::Added)];
+            if has_slopes(variant) {
+                backward.extend([false, true].map(|tanh| (Layout::Nn, Epilogue::GeluSlope { tanh })));
+            }
+            for (layout, epilogue) in backward {
+                let plain = Spec { layout, epilogue, ..plain };
                 if f16 {
                     // A gradient in f16 comes scaled; sums over parts, and a weight's gradient, leave in f32.
-                    let outputs = if layout == Layout::Tn { vec![false] } else { vec![false, true] };
-                    kernels.extend(
-                        outputs.into_iter().map(|out| kernel(&Spec { layout, f16: [true, true, out], ..plain })),
-                    );
+                    let outputs: &[bool] = match (layout, epilogue) {
+                        (Layout::Tn, _) => &[false],
+                        (_, Epilogue::Plain) => &[false, true],
+                        _ => &[true],
+                    };
+                    kernels.extend(outputs.iter().map(|&out| kernel(&Spec { f16: [true, true, out], ..plain })));
                 } else {
                     // A gradient of few rows is brought into f16's range by 1.
-                    kernels.push(kernel(&Spec { layout, ..plain }));
-                    kernels.extend(variant.rounds_f32().then(|| kernel(&Spec { layout, scaled: true, ..plain })));
+                    kernels.push(kernel(&plain));
+                    kernels.extend(variant.rounds_f32().then(|| kernel(&Spec { scaled: true, ..plain })));
                 }
             }
         }
@@ -225,11 +266,13 @@ fn make(spec: &Spec) -> Kernel {
     let elem = |f16: bool| if f16 { "f16" } else { "f32" };
     // Bindings: A, B, out, then the bias, the extra matrix and the clock where there are any, then the parameters.
     let extra = 3 + u32::from(bias);
-    let clock = extra + u32::from(epilogue != Epilogue::Plain);
+    let clock = extra + u32::from(epilogue.has_extra());
     let params = clock + u32::from(matches!(epilogue, Epilogue::Residual { .. }));
     let (kind, detail) = match epilogue {
         Epilogue::Plain => ("plain", String::new()),
+        Epilogue::Added => ("added", String::new()),
         Epilogue::Gelu { tanh } => ("gelu", format!("const GELU_TANH: bool = {tanh};\n")),
+        Epilogue::GeluSlope { tanh } => ("gelu slope", format!("const GELU_TANH: bool = {tanh};\n")),
         Epilogue::Residual { dropout } => {
             ("residual", format!("const DROPOUT: bool = {dropout};\nconst CLOCK: u32 = {clock}u;\n"))
         }
@@ -266,7 +309,7 @@ fn make(spec: &Spec) -> Kernel {
         "alias a_elem = {};\nalias b_elem = {};\nalias out_elem = {};\n\
          const BLOCK_M: u32 = {}u;\nconst BLOCK_N: u32 = {}u;\nconst BLOCK_K: u32 = {}u;\n\
          const A_BY_K: bool = {};\nconst B_BY_N: bool = {};\n\
-         const RAGGED: bool = {};\nconst K_RAGGED: bool = {};\n\
+         const RAGGED: bool = {};\nconst K_RAGGED: bool = {};\nconst IS_ONE: bool = {};\n\
          const BIAS_BINDING: u32 = 3u;\nconst EXTRA: u32 = {extra}u;\nconst PARAMS: u32 = {params}u;\n\
          // {kind}, {name}, bias: {bias}\n{detail}",
         elem(f16[0]),
@@ -279,11 +322,12 @@ fn make(spec: &Spec) -> Kernel {
         layout == Layout::Nt,
         ragged != Ragged::Nothing,
         ragged == Ragged::Sums,
+        !scaled && variant != Variant::Scalar,
     );
     let mut files = match epilogue {
-        Epilogue::Gelu { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
+        Epilogue::Gelu { .. } | Epilogue::GeluSlope { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
         Epilogue::Residual { .. } => vec![PHILOX],
-        Epilogue::Plain => vec![],
+        Epilogue::Plain | Epilogue::Added => vec![],
     };
     files.push(include_str!("../../../wgsl/linear_params.wgsl"));
     if access != Access::Octs {
@@ -299,7 +343,7 @@ fn make(spec: &Spec) -> Kernel {
     } else {
         include_str!("../../../wgsl/linear_no_bias.wgsl")
     });
-    if epilogue != Epilogue::Plain {
+    if epilogue.has_extra() {
         files.push(if access == Access::Singles {
             include_str!("../../../wgsl/linear_extra_singles.wgsl")
         } else {
@@ -310,6 +354,8 @@ fn make(spec: &Spec) -> Kernel {
         Epilogue::Plain => include_str!("../../../wgsl/linear_plain.wgsl"),
         Epilogue::Gelu { .. } => include_str!("../../../wgsl/linear_gelu.wgsl"),
         Epilogue::Residual { .. } => include_str!("../../../wgsl/linear_residual.wgsl"),
+        Epilogue::GeluSlope { .. } => include_str!("../../../wgsl/linear_gelu_slope.wgsl"),
+        Epilogue::Added => include_str!("../../../wgsl/linear_added.wgsl"),
     });
     match variant {
         Variant::Scalar => {

@@ -16,6 +16,9 @@ const ERF: Epilogue = Epilogue::Gelu { tanh: false };
 const TANH: Epilogue = Epilogue::Gelu { tanh: true };
 const KEEP: Epilogue = Epilogue::Residual { dropout: false };
 const DROP: Epilogue = Epilogue::Residual { dropout: true };
+const ERF_SLOPE: Epilogue = Epilogue::GeluSlope { tanh: false };
+const TANH_SLOPE: Epilogue = Epilogue::GeluSlope { tanh: true };
+const ADDED: Epilogue = Epilogue::Added;
 
 /// How a product is asked for.
 #[derive(Clone, Copy)]
@@ -75,6 +78,8 @@ fn products() -> Vec<Case> {
             Ask { epilogue: TANH, ..ask(Nt, [66, 65, 30]) },
             Ask { epilogue: KEEP, bias: true, ..ask(Nt, [66, 67, 20]) },
             Ask { epilogue: DROP, ..ask(Nt, [65, 68, 32]) },
+            Ask { epilogue: ADDED, scale: 64.0, ..ask(Tn, [68, 72, 36]) },
+            Ask { epilogue: ADDED, ..ask(Tn, [66, 65, 30]) },
         ];
         if variant == Variant::Scalar {
             // The large tile of 128 x 128
@@ -83,6 +88,8 @@ fn products() -> Vec<Case> {
                 Ask { bias: true, ..ask(Nt, [130, 132, 36]) },
                 ask(Nn, [129, 130, 20]),
                 ask(Tn, [131, 129, 33]),
+                Ask { epilogue: ERF_SLOPE, padded: true, ..ask(Nn, [65, 70, 36]) },
+                Ask { epilogue: TANH_SLOPE, ..ask(Nn, [66, 65, 30]) },
                 // More rows of blocks than are walked down before a step to the right
                 Ask { bias: true, ..ask(Nt, [577, 66, 3]) },
             ]);
@@ -121,10 +128,14 @@ fn products_of_f16() -> Vec<Case> {
             Ask { epilogue: TANH, ..half(Nt, [66, 65, 30]) },
             Ask { epilogue: KEEP, bias: true, padded: true, ..half(Nt, [66, 67, 20]) },
             Ask { epilogue: DROP, ..half(Nt, [65, 72, 32]) },
+            Ask { epilogue: ADDED, ..half(Tn, [72, 64, 40]) },
+            Ask { epilogue: ADDED, ..half(Tn, [66, 65, 30]) },
         ];
         if variant == Variant::Scalar {
             // The large tile of 128 x 128
             asks.extend([half(Nt, [128, 128, 32]), half(Nn, [129, 130, 20]), half(Tn, [131, 129, 33])]);
+            asks.push(Ask { epilogue: ERF_SLOPE, padded: true, ..half(Nn, [65, 70, 36]) });
+            asks.push(Ask { epilogue: TANH_SLOPE, ..half(Nn, [66, 65, 30]) });
         }
         cases.extend(asks.iter().map(|ask| ask.case(variant)));
     }
@@ -182,6 +193,10 @@ impl Ask {
             Epilogue::Gelu { tanh } => map(&|_, v| twins::gelu(v, if tanh { Gelu::Tanh } else { Gelu::Erf })),
             Epilogue::Residual { dropout: false } => map(&|i, v| extra[i] + v),
             Epilogue::Residual { dropout: true } => map(&|i, v| extra[i] + v * f64::from(factors[i])),
+            Epilogue::GeluSlope { tanh } => {
+                map(&|i, v| v * twins::gelu_slope(extra[i], if tanh { Gelu::Tanh } else { Gelu::Erf }))
+            }
+            Epilogue::Added => map(&|i, v| extra[i] + v),
         };
         let input = |name, f16, values: &[f64], columns, stride| {
             let (elem, _) = Elem::activation(f16, 0.0);
@@ -197,13 +212,18 @@ impl Ask {
             input("b", f16, &b, b_columns, strides[1]),
             output("out", &want),
         ];
+        if epilogue == ADDED {
+            buffers[2].before = pad(&extra, n, strides[2], f64::NAN);
+        }
         if bias {
             buffers.push(Buffer::input("bias", Elem::F32, &bias_values));
         }
         match epilogue {
-            Epilogue::Plain => {}
+            Epilogue::Plain | Epilogue::Added => {}
             Epilogue::Gelu { .. } => buffers.push(output("extra", &sums)),
-            Epilogue::Residual { .. } => buffers.push(input("extra", out_f16, &extra, n, strides[2])),
+            Epilogue::Residual { .. } | Epilogue::GeluSlope { .. } => {
+                buffers.push(input("extra", out_f16, &extra, n, strides[2]))
+            }
         }
         let what = format!("{:?} padded {padded} split {k_split} scale {scale}", self.sizes);
         Case { kernel: plan.kernel(), what, grid: two_rows(plan.groups()), buffers, params: plan.params() }

@@ -10,6 +10,9 @@ const SINGLES: &str = "// plain, singles, bias: true";
 const QUADS: &str = "// plain, quads, bias: true";
 const BARE_QUADS: &str = "// plain, quads, bias: false";
 const GELU_QUADS: &str = "// gelu, quads, bias: true";
+const SLOPE_SINGLES: &str = "// gelu slope, singles, bias: false";
+const SLOPE_QUADS: &str = "// gelu slope, quads, bias: false";
+const ADDED_QUADS: &str = "// added, quads, bias: false";
 const A_BY_K: &str = "const A_BY_K: bool = true;";
 const A_BY_M: &str = "const A_BY_K: bool = false;";
 const B_BY_K: &str = "const B_BY_N: bool = false;";
@@ -118,7 +121,19 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a sum that stays scaled", kernel: "linear_coop", constants: &[F16_PRODUCTS, SCALED],
-        from: "sum * params.out_scale + bias_at(col)", to: "sum + bias_at(col)", found_by: Layer::Values,
+        from: "return sum * select(params.out_scale, 1.0, IS_ONE);", to: "return sum;", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a slope of the wrong sign", kernel: "linear_scalar", constants: &[SLOPE_QUADS],
+        from: "+ x * GELU_DENSITY", to: "- x * GELU_DENSITY", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a slope beyond the matrix", kernel: "linear_scalar", constants: &[SLOPE_SINGLES],
+        from: "if (!RAGGED || (row < params.m && col < params.n))", to: "if (row < params.m)", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "what was there, forgotten", kernel: "linear_scalar", constants: &[ADDED_QUADS],
+        from: "vec4<f32>(other) + (sum", to: "(sum", found_by: Layer::Values,
     },
     Fault {
         what: "one row more than there are, summed", kernel: "column_sum", constants: &[],

@@ -77,7 +77,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "one column more than there are, written", kernel: "linear_scalar", constants: &[SMALL, SINGLES],
-        from: "store_out(index, min(4u, params.n - col), sum", to: "store_out(index, min(4u, params.n - col + 1u), sum", found_by: Layer::Race,
+        from: "store_out(index, min(4u, params.n - col), unscaled", to: "store_out(index, min(4u, params.n - col + 1u), unscaled", found_by: Layer::Race,
     },
     Fault {
         what: "k behind the last", kernel: "linear_scalar", constants: &[SMALL, BARE_QUADS, A_BY_M, B_BY_K, K_RAGGED],

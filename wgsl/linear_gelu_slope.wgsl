@@ -2,7 +2,7 @@
 // into GELU, from the product that makes the gradient of what came out. There is no bias, and the sums have no factor to take out.
 // Prepend gelu, linear_params, linear_quads or linear_singles, linear_extra_quads or _singles.
 
-// What of extra belongs to a quad of out; zeros outside of it. Fetched ahead, since nothing else hides the time it takes.
+// What of extra belongs to a quad of out; zeros outside of it.
 fn fetch_extra(row: u32, col: u32) -> vec4<out_elem> {
     var value = vec4<out_elem>();
     if (!RAGGED || (row < params.m && col < params.n)) {

@@ -103,9 +103,9 @@ impl CrossEntropyOps for Flex {
     }
 }
 
-/// Logits in one chunk on a GPU at most, in bytes: of GPT-2's vocabulary 4096 rows in f16, 2048 in f32. Every chunk reads and writes dw
-/// once more; a product with as many rows is 0.32 TFLOP, a third of a second for a small GPU.
-const GPU_CHUNK_BYTES: usize = 394 << 20;
+/// Logits in one chunk on a GPU at most, in bytes: of GPT-2's vocabulary 2560 rows in f16, 1280 in f32, whole tiles. Every chunk reads and
+/// writes dw once more; a product with as many rows is 0.198 TFLOP, and 0.2 is what a small GPU may be given at once.
+const GPU_CHUNK_BYTES: usize = 246 << 20;
 
 /// Elements from row to row of the logits: whole packs, so that the products can move packs. The padding holds zeros once it is
 /// a gradient.

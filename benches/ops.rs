@@ -126,9 +126,9 @@ fn rows(device: &Device, shape: [usize; 4], dtype: DType) -> Result<()> {
         kernel::choose(choice);
         device.memory_cleanup();
         let off = Dropout::OFF;
-        let (out, lse) = <CubeBackend as AttentionOps>::causal_attention(qkv.clone(), heads, off);
+        let (out, lse) = <CubeBackend as AttentionOps>::causal_attention(qkv.clone(), heads, off, false);
         let (forward, timer) = time_of(device, || {
-            let (out, _) = <CubeBackend as AttentionOps>::causal_attention(qkv.clone(), heads, off);
+            let (out, _) = <CubeBackend as AttentionOps>::causal_attention(qkv.clone(), heads, off, false);
             drop(out);
         })?;
         let (backward, _) = time_of(device, || {
@@ -140,6 +140,7 @@ fn rows(device: &Device, shape: [usize; 4], dtype: DType) -> Result<()> {
                 lse,
                 heads,
                 off,
+                None,
             );
             drop(dqkv);
         })?;
@@ -200,7 +201,7 @@ fn operations(device: &Device, [batch, time, c, vocab]: [usize; 4], dtype: DType
             })?;
             if outputs == 4 * c {
                 row("gelu(x wT)", &forward, variant, least, &|| {
-                    drop(B::linear_gelu(x.clone(), w.clone(), Optional::Absent, Gelu::Erf));
+                    drop(B::linear_gelu(x.clone(), w.clone(), Optional::Absent, Gelu::Erf, false));
                 })?;
             }
             if outputs == c {
@@ -213,13 +214,15 @@ fn operations(device: &Device, [batch, time, c, vocab]: [usize; 4], dtype: DType
                 }
             }
             let backward = [rows, inputs, outputs];
-            row("dy w", &backward, variant, least, &|| drop(B::linear_dx(dy.clone(), w.clone())))?;
+            row("dy w", &backward, variant, least, &|| drop(B::linear_dx(dy.clone(), w.clone(), None)))?;
             if inputs == 4 * c {
                 row("(dy w) gelu'(h)", &backward, variant, least, &|| {
-                    drop(B::linear_dh(dy.clone(), w.clone(), x.clone(), Gelu::Erf));
+                    drop(B::linear_dh(dy.clone(), w.clone(), x.clone(), Gelu::Erf, None));
                 })?;
             }
-            row("dyT x", &[outputs, inputs, rows], variant, least, &|| drop(B::linear_dw(dy.clone(), x.clone())))?;
+            row("dyT x", &[outputs, inputs, rows], variant, least, &|| {
+                drop(B::linear_dw(dy.clone(), x.clone(), None))
+            })?;
         }
         let (w, tokens) = (stored(&[vocab, c])?, tokens(rows, vocab, device)?);
         row("loss and its gradients", &[rows, vocab, c], variant, Least::Flops(6 * rows * vocab * c), &|| {
@@ -237,19 +240,19 @@ fn operations(device: &Device, [batch, time, c, vocab]: [usize; 4], dtype: DType
         let (dy, hidden, w) = (stored(&[rows, c])?, stored(&[rows, 4 * c])?, single(&[c])?);
         let (one, wide) = (rows * c * elem, 4 * rows * c * elem);
         row("layer norm", &[rows, c], variant, Least::Bytes(2 * one), &|| {
-            drop(B::layer_norm_forward(x.clone(), w.clone(), Optional::Absent));
+            drop(B::layer_norm_forward(x.clone(), w.clone(), Optional::Absent, false));
         })?;
-        let (_, mean, rstd) = B::layer_norm_forward(x.clone(), w.clone(), Optional::Absent);
+        let (_, mean, rstd) = B::layer_norm_forward(x.clone(), w.clone(), Optional::Absent, false);
         row("layer norm's gradients, added", &[rows, c], variant, Least::Bytes(4 * one), &|| {
             let past = Optional::Present(dy.clone());
             drop(B::layer_norm_backward(dy.clone(), x.clone(), w.clone(), mean.clone(), rstd.clone(), past));
         })?;
         row("dy gelu'(h)", &[rows, 4 * c], variant, Least::Bytes(3 * wide), &|| {
-            drop(B::gelu_dh(hidden.clone(), hidden.clone(), Gelu::Erf));
+            drop(B::gelu_dh(hidden.clone(), hidden.clone(), Gelu::Erf, None));
         })?;
-        row("sum of rows", &[rows, 4 * c], variant, Least::Bytes(wide), &|| drop(B::linear_db(hidden.clone())))?;
+        row("sum of rows", &[rows, 4 * c], variant, Least::Bytes(wide), &|| drop(B::linear_db(hidden.clone(), None)))?;
         if choice != Kernels::Composed {
-            row("dropout", &[rows, c], variant, Least::Bytes(2 * one), &|| drop(B::dropout(x.clone(), dropout)))?;
+            row("dropout", &[rows, c], variant, Least::Bytes(2 * one), &|| drop(B::dropout(x.clone(), dropout, None)))?;
         }
         let (wte, wpe) = (single(&[vocab, c])?, single(&[time, c])?);
         let tokens = tokens(rows, vocab, device)?;

@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::ops::block::{Layer, Parameters, attention_block, mlp_block};
-use crate::ops::cast::{all_to_f16, to_f16};
+use crate::ops::cast::{all_as_multiplied, all_to_f16, to_f16};
 use crate::ops::cross_entropy::{cross_entropy, cross_entropy_scaled};
 use crate::ops::dropout::Dropout;
 use crate::ops::embedding::embedding;
@@ -226,22 +226,23 @@ impl Gpt {
         }
     }
 
-    /// The same parameters, and where activations are f16 the weights of the blocks' products once more in f16, cast in a few
-    /// launches: for all passes that are made before the parameters change. Without them each pass casts for itself, as it does
-    /// for the head.
+    /// The same parameters, and the weights of the blocks' products once more in f16 where these multiply f16, cast in a few launches:
+    /// for all passes that are made before the parameters change. Where activations are f16, each pass casts for itself without
+    /// them, as it does for the head. Where they are f32 and products round them, the blocks store what only products read as these
+    /// would round it.
     pub fn rounded(&self) -> Self {
         let mut model = self.clone();
-        if self.f16 {
-            let mut linears: Vec<&mut Linear> = Vec::new();
-            for Block { attn, mlp, .. } in &mut model.h {
-                linears.extend([&mut attn.c_attn, &mut attn.c_proj, &mut mlp.c_fc, &mut mlp.c_proj]);
-            }
-            let weights: Vec<_> = linears.iter().map(|linear| linear.weight.val().inner()).collect();
-            if !weights.is_empty() {
-                let rounded = all_to_f16(weights).map(Some);
-                linears.into_iter().zip(rounded).for_each(|(linear, rounded)| linear.rounded = rounded);
-            }
+        let mut linears: Vec<&mut Linear> = Vec::new();
+        for Block { attn, mlp, .. } in &mut model.h {
+            linears.extend([&mut attn.c_attn, &mut attn.c_proj, &mut mlp.c_fc, &mut mlp.c_proj]);
         }
+        let weights: Vec<_> = linears.iter().map(|linear| linear.weight.val().inner()).collect();
+        if weights.is_empty() {
+            return model;
+        }
+        let rounded: Vec<_> =
+            if self.f16 { all_to_f16(weights).collect() } else { all_as_multiplied(weights).collect() };
+        linears.into_iter().zip(rounded).for_each(|(linear, rounded)| linear.rounded = Some(rounded));
         model
     }
 

@@ -18,7 +18,7 @@ use burn::backend::{
     Autodiff, Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind,
     ExtensionType, TensorMetadata, autodiff::checkpoint::strategy::CheckpointStrategy, tensor::FloatTensor,
 };
-use burn::tensor::{DType, Shape, Tensor};
+use burn::tensor::{DType, FloatDType, Shape, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 
 use crate::kernel::{Capabilities, Kernel};
@@ -150,7 +150,38 @@ fn flatten<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
 /// The loss is a mean over `rows` tokens, so a token's gradient is about 1 / rows: in f16 most of it would be lost below 6e-8,
 /// and training with it diverged. The next power of two undoes the mean and costs no bit. f16 tensors come scaled.
 fn gradient_scale(tensor: &CubeTensor, rows: usize) -> f32 {
-    if tensor.dtype == DType::F16 { 1.0 } else { rows.next_power_of_two() as f32 }
+    if tensor.dtype == DType::F16 { 1.0 } else { held(rows) }
+}
+
+/// How many times itself a gradient of so many rows is stored in f16, where everything else is f32 and only products read it.
+///
+/// Cooperative products round both factors, so what nothing else reads may as well be stored as they round it: the results are the same
+/// to the bit, and it is half the bytes. Inside of half a block these are the norm's output, qkv (attention's products round likewise),
+/// GELU's output, and the gradients of what the products make. What sums and slopes are made from stays f32: the block's input and
+/// output, what goes into GELU, the heads and their gradient. Biases' gradients alone differ, being sums of what was rounded.
+fn held(rows: usize) -> f32 {
+    rows.next_power_of_two() as f32
+}
+
+/// A gradient as it is stored `held` times itself, or as it is.
+fn hold<B: Backend>(gradient: FloatTensor<B>, held: Option<f32>) -> FloatTensor<B> {
+    match held {
+        Some(factor) => B::float_cast(B::float_mul_scalar(gradient, factor.into()), FloatDType::F16),
+        None => gradient,
+    }
+}
+
+/// The gradient, f32, that is stored `held` times itself, or as it is.
+fn release<B: Backend>(stored: FloatTensor<B>, held: Option<f32>) -> FloatTensor<B> {
+    match held {
+        Some(factor) => B::float_mul_scalar(B::float_cast(stored, FloatDType::F32), factor.recip().into()),
+        None => stored,
+    }
+}
+
+/// The tensor in f32 where `whole` says so, else as it is.
+fn widen<B: Backend>(tensor: FloatTensor<B>, whole: bool) -> FloatTensor<B> {
+    if whole { B::float_cast(tensor, FloatDType::F32) } else { tensor }
 }
 
 #[cfg(test)]

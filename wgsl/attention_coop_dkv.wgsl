@@ -17,7 +17,8 @@
 //
 // Header (beside it attention_coop_memory.wgsl, and philox.wgsl):
 //     enable f16 (unless both types are f32); enable wgpu_cooperative_matrix
-//     elem           f32 or f16, the storage type
+//     elem           f32 or f16, the type of qkv and dqkv
+//     out_elem       f32 or f16, the type of dout
 //     mat_elem       f16, or f32 where the matrices have it: what is multiplied; sums are f32
 //     mat_a, mat_b   coop_matNxN<mat_elem, A> and <mat_elem, B>
 //     mat_c          coop_matNxN<f32, C>
@@ -33,7 +34,7 @@
 // Workgroup: SUBGROUPS * SUBGROUP_SIZE threads.
 // Grid: batch * heads * ceil(seq_len / BLOCK_K) workgroups, folded into (x, y) when over 65535.
 //
-// Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
+// Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) out_elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
 //           4 dqkv (B, T, 3C) elem, its k and v thirds are written; 5 clock (4) u32; 6 params.
 
 struct Params {
@@ -47,12 +48,12 @@ struct Params {
     site: u32,
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
-    gradient_scale: f32, // a power of two that brings dout into f16's range; taken out again at the end
-    pad: u32,
+    gradient_scale: f32, // a power of two that brings dout into f16's range
+    result_scale: f32,   // what dqkv is multiplied by: the inverse, or 1 where it keeps the factor
 }
 
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;
-@group(0) @binding(1) var<storage, read_write> dout: array<vec4<elem>>;
+@group(0) @binding(1) var<storage, read_write> dout: array<vec4<out_elem>>;
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
 @group(0) @binding(3) var<storage, read_write> delta: array<f32>;
 @group(0) @binding(4) var<storage, read_write> dqkv: array<vec4<elem>>;
@@ -112,7 +113,7 @@ var<private> score_gradients: array<mat_a, ROW_BLOCKS * SCORE_TILES>;
 // P' between its two uses; a dropped probability carries a minus sign
 var<private> probabilities: array<vec4<f32>, ROW_BLOCKS * LANE_QUADS>;
 var<private> next_queries: array<vec4<elem>, STAGE_STEPS>;
-var<private> next_douts: array<vec4<elem>, STAGE_STEPS>;
+var<private> next_douts: array<vec4<out_elem>, STAGE_STEPS>;
 var<private> next_lse: f32;
 var<private> next_delta: f32;
 // Where this lane works: LANES_PER_ROW lanes share a row of the subgroup's scratch, their quads LANES_PER_ROW apart.
@@ -606,7 +607,7 @@ fn main(
         }
     }
 
-    let value_factor = 1.0 / params.gradient_scale;
+    let value_factor = params.result_scale;
     let key_factor = scale * value_factor;
     store_all_key_gradient(0u, key_base + key * qkv_stride, key < seq_len, key_factor);
     store_all_value_gradient(0u, value_base + key * qkv_stride, key < seq_len, value_factor);

@@ -15,7 +15,8 @@
 //
 // Header (beside it attention_coop_memory.wgsl, and philox.wgsl):
 //     enable f16 (unless both types are f32); enable wgpu_cooperative_matrix
-//     elem           f32 or f16, the storage type
+//     elem           f32 or f16, the type of qkv and dqkv
+//     out_elem       f32 or f16, the type of dout
 //     mat_elem       f16, or f32 where the matrices have it: what is multiplied; sums are f32
 //     mat_a, mat_b   coop_matNxN<mat_elem, A> and <mat_elem, B>
 //     mat_c          coop_matNxN<f32, C>
@@ -31,7 +32,7 @@
 // Workgroup: SUBGROUPS * SUBGROUP_SIZE threads.
 // Grid: batch * heads * ceil(seq_len / BLOCK_Q) workgroups, folded into (x, y) when over 65535.
 //
-// Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
+// Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) out_elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
 //           4 dqkv (B, T, 3C) elem, its q third is written; 5 clock (4) u32; 6 params.
 
 struct Params {
@@ -45,12 +46,12 @@ struct Params {
     site: u32,
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
-    gradient_scale: f32, // a power of two that brings dout into f16's range; taken out again at the end
-    pad: u32,
+    gradient_scale: f32, // a power of two that brings dout into f16's range
+    result_scale: f32,   // what dqkv is multiplied by: the inverse, or 1 where it keeps the factor
 }
 
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;
-@group(0) @binding(1) var<storage, read_write> dout: array<vec4<elem>>;
+@group(0) @binding(1) var<storage, read_write> dout: array<vec4<out_elem>>;
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
 @group(0) @binding(3) var<storage, read_write> delta: array<f32>;
 @group(0) @binding(4) var<storage, read_write> dqkv: array<vec4<elem>>;
@@ -485,7 +486,7 @@ fn main(
         }
     }
 
-    let factor = scale / params.gradient_scale;
+    let factor = scale * params.result_scale;
     store_all_gradient(0u, query_base + query * qkv_stride, query < seq_len, factor);
     if (ROW_BLOCKS > 1u) {
         store_all_gradient(1u, query_base + (query + EDGE) * qkv_stride, query + EDGE < seq_len, factor);

@@ -21,7 +21,8 @@
 //
 // Header (beside it attention_coop_memory.wgsl, and philox.wgsl):
 //     enable f16 (unless both types are f32); enable wgpu_cooperative_matrix
-//     elem           f32 or f16, the storage type
+//     elem           f32 or f16, the type of qkv
+//     out_elem       f32 or f16, the type of out
 //     mat_elem       f16, or f32 where the matrices have it: what is multiplied; sums are f32
 //     mat_a, mat_b   coop_matNxN<mat_elem, A> and <mat_elem, B>
 //     mat_c          coop_matNxN<f32, C>
@@ -35,7 +36,7 @@
 // Workgroup: SUBGROUPS * SUBGROUP_SIZE threads.
 // Grid: batch * heads * ceil(seq_len / BLOCK_Q) workgroups, folded into (x, y) when over 65535.
 //
-// Bindings: 0 qkv (B, T, 3C) elem; 1 out (B, T, C) elem, written; 2 lse (B, H, T) f32, written; 3 clock (4) u32; 4 params.
+// Bindings: 0 qkv (B, T, 3C) elem; 1 out (B, T, C) out_elem, written; 2 lse (B, H, T) f32, written; 3 clock (4) u32; 4 params.
 
 struct Params {
     batch: u32,
@@ -49,11 +50,11 @@ struct Params {
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
     gradient_scale: f32, // unused
-    pad: u32,
+    result_scale: f32,   // unused
 }
 
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;
-@group(0) @binding(1) var<storage, read_write> out: array<vec4<elem>>;
+@group(0) @binding(1) var<storage, read_write> out: array<vec4<out_elem>>;
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
 @group(0) @binding(3) var<storage, read_write> clock: array<u32>;
 @group(0) @binding(4) var<uniform> params: Params;
@@ -198,7 +199,7 @@ fn store_out(block: u32, round: u32, row_base: u32, inside: bool, factor: f32) {
     for (var i = 0u; i < LANE_QUADS; i++) {
         let quad = round * (SCORE_TILES * EDGE / 4u) + lane_part + i * LANES_PER_ROW;
         if (inside && quad < DIM_QUADS) {
-            out[row_base + quad] = vec4<elem>(load_scratch(lane_base + i * LANE_STEP) * factor);
+            out[row_base + quad] = vec4<out_elem>(load_scratch(lane_base + i * LANE_STEP) * factor);
         }
     }
 }

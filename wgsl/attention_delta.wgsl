@@ -23,7 +23,7 @@ struct Params {
     drop_threshold: u32,
     keep_scale: f32,
     gradient_scale: f32, // unused
-    pad: u32,
+    result_scale: f32,   // unused
 }
 
 @group(0) @binding(0) var<storage, read_write> dout: array<vec4<elem>>;

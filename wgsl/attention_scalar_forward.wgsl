@@ -28,7 +28,7 @@ struct Params {
     drop_threshold: u32, // a probability is kept when its random word is >= this
     keep_scale: f32,
     gradient_scale: f32, // unused
-    pad: u32,
+    result_scale: f32,   // unused
 }
 
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;

@@ -1,4 +1,4 @@
-// parts (blocks, columns): the sums of the columns of x (rows, columns) over blocks of BLOCK_ROWS rows.
+// parts (blocks, columns): the sums of the columns of x (rows, columns) over blocks of BLOCK_ROWS rows, times factor.
 //
 // One invocation sums one column of one block; sum_parts.wgsl adds the blocks.
 // Header: elem, f32 or f16; BLOCK_ROWS.
@@ -8,7 +8,7 @@
 struct Params {
     rows: u32,
     columns: u32,
-    pad_0: u32,
+    factor: f32,
     pad_1: u32,
 }
 
@@ -34,5 +34,5 @@ fn main(
     for (var row = first; row < min(first + BLOCK_ROWS, params.rows); row++) {
         sum += f32(x[row * params.columns + column]);
     }
-    parts[block * params.columns + column] = sum;
+    parts[block * params.columns + column] = sum * params.factor;
 }

@@ -1,10 +1,11 @@
 // What a thread handles at a time in rows of a multiple of four columns: four neighbouring columns, one vector load. Its
 // twin lanes1.wgsl has the same names for one column and serves every other shape; a kernel is written once for both.
 //
-// Header: elem (f32 or f16, the storage type of activations), WIDTH (the columns of a lane: 4).
+// Header: elem and out_elem (f32 or f16, the storage types of activations, given and made), WIDTH (the columns of a lane: 4).
 
 alias lanes = vec4<f32>;      // what is computed with
 alias stored = vec4<elem>;    // an activation in memory
+alias made = vec4<out_elem>;  // one that is made, where its type may be another
 alias lane_words = vec4<u32>; // a random word a column
 
 fn total(v: lanes) -> f32 {

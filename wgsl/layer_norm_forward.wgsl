@@ -3,11 +3,11 @@
 // TEAM threads hold one row in registers, so x is read once and the variance is the mean of (x - mean)^2, not the
 // difference of two large numbers. Prepend lanes4.wgsl or lanes1.wgsl: WIDTH columns are a lane.
 //
-// Header: elem, WIDTH, LANES (C / WIDTH), TEAM (32 .. THREADS), THREADS, BIAS, EPSILON.
+// Header: elem, out_elem, WIDTH, LANES (C / WIDTH), TEAM (32 .. THREADS), THREADS, BIAS, EPSILON.
 // Workgroup: THREADS threads, THREADS / TEAM rows. Grid: ceil(rows / (THREADS / TEAM)), folded into (x, y).
 // Workgroup memory: (THREADS + 8 * THREADS / TEAM) * 4 bytes (1280 at most).
 //
-// Bindings: 0 x (rows, C) elem; 1 w (C) f32; 2 b (C) f32, or w again without BIAS; 3 y (rows, C) elem, written;
+// Bindings: 0 x (rows, C) elem; 1 w (C) f32; 2 b (C) f32, or w again without BIAS; 3 y (rows, C) out_elem, written;
 // 4 mean (rows) f32, written; 5 rstd (rows) f32, written; 6 params.
 
 struct Params {
@@ -17,7 +17,7 @@ struct Params {
 @group(0) @binding(0) var<storage, read_write> x: array<stored>;
 @group(0) @binding(1) var<storage, read_write> w: array<lanes>;
 @group(0) @binding(2) var<storage, read_write> b: array<lanes>;
-@group(0) @binding(3) var<storage, read_write> y: array<stored>;
+@group(0) @binding(3) var<storage, read_write> y: array<made>;
 @group(0) @binding(4) var<storage, read_write> means: array<f32>;
 @group(0) @binding(5) var<storage, read_write> rstds: array<f32>;
 @group(0) @binding(6) var<uniform> params: Params;
@@ -95,7 +95,7 @@ fn main(
             if (BIAS) {
                 value += b[lane];
             }
-            y[first + lane] = stored(value);
+            y[first + lane] = made(value);
         }
     }
     if (member == 0u) {

@@ -22,7 +22,7 @@
 //     RAGGED      bool: whether M or N is no multiple of BLOCK_M or BLOCK_N
 //     K_RAGGED    bool: whether K is no multiple of BLOCK_K
 //     A_SCALED            bool: whether A is multiplied by params.a_scale before it is rounded to mat_elem
-//     IS_ONE              bool: the contrary
+//     IS_ONE              bool: whether A is A, and not some times A, when it is multiplied
 // Workgroup: THREADS = SUBGROUP_ROWS * SUBGROUP_COLS * SUBGROUP_SIZE.
 // Grid: splits * ceil(M / BLOCK_M) * ceil(N / BLOCK_N) workgroups, folded into (x, y) when over 65535.
 
@@ -69,7 +69,7 @@ var<private> step_a: u32; // what leads to the next tile
 var<private> step_b: u32;
 var<private> slot_a: u32; // where the thread's first packs stand in the tiles
 var<private> slot_b: u32;
-var<private> others: array<vec4<out_elem>, HELD_ROWS * ROW_QUADS>; // the lane's quads of extra
+var<private> others: array<vec4<extra_elem>, HELD_ROWS * ROW_QUADS>; // the lane's quads of extra
 var<private> tile_row: u32; // the subgroup's place in the block
 var<private> tile_col: u32;
 

@@ -2,20 +2,12 @@
 // four words of one Philox block.
 //
 // Expects from the header: DROPOUT (bool); CLOCK, the binding. Binds clock (4) u32. Prepend philox, linear_params, linear_quads
-// or linear_singles, linear_extra_quads or _singles, linear_bias or linear_no_bias.
+// or linear_singles, linear_extra_quads or _singles,
+// linear_fetch, linear_bias or linear_no_bias.
 
 @group(0) @binding(CLOCK) var<storage, read_write> clock: array<u32>;
 
-// What of extra belongs to a quad of out; zeros outside of it. Fetched ahead, since nothing else hides the time it takes.
-fn fetch_extra(row: u32, col: u32) -> vec4<out_elem> {
-    var value = vec4<out_elem>();
-    if (!RAGGED || (row < params.m && col < params.n)) {
-        value = load_extra(row * params.out_stride + col, min(4u, params.n - col));
-    }
-    return value;
-}
-
-fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>, other: vec4<out_elem>) {
+fn finish(row: u32, col: u32, split: u32, sum: vec4<f32>, other: vec4<extra_elem>) {
     if (RAGGED && (row >= params.m || col >= params.n)) {
         return;
     }

@@ -26,6 +26,8 @@
 //     K_RAGGED    bool: whether K is no multiple of BLOCK_K
 //     IS_ONE      bool: false, though nothing is rounded: without the multiplication by 1 NVIDIA's compiler made a product with GELU 15 %
 //                 slower, others up to 5 %
+//     FIRST_SHUFFLE   0 or 1: see shuffle
+//     EXTRA_ROWS  rows of the thread's sums that extra is loaded ahead, behind the sums: 0 or 2
 // Workgroup: THREADS = THREAD_ROWS * THREAD_COLS.
 // Grid: splits * ceil(M / BLOCK_M) * ceil(N / BLOCK_N) workgroups, folded into (x, y) when over 65535.
 
@@ -35,6 +37,7 @@ const N_QUADS: u32 = BLOCK_N / 4u;
 const K_QUADS: u32 = BLOCK_K / 4u;
 const A_STEPS: u32 = BLOCK_M * K_QUADS / THREADS; // quads that a thread moves: 2 or 4
 const B_STEPS: u32 = BLOCK_N * K_QUADS / THREADS;
+const HELD_ROWS: u32 = max(EXTRA_ROWS, 1u);
 
 var<workgroup> tile_a: array<vec2<f32>, BLOCK_K * M_QUADS * 2u>; // halves of quads
 var<workgroup> tile_b: array<vec4<f32>, BLOCK_K * N_QUADS>;
@@ -45,6 +48,9 @@ var<workgroup> tile_b: array<vec4<f32>, BLOCK_K * N_QUADS>;
 var<private> sums: array<vec4<f32>, 16>; // row i, quad j of columns at 2 i + j
 var<private> next_a: array<vec4<f32>, A_STEPS>;
 var<private> next_b: array<vec4<f32>, B_STEPS>;
+var<private> at_a: u32; // where the thread's first quads are loaded from, where no edge is to be minded
+var<private> at_b: u32;
+var<private> others: array<vec4<extra_elem>, 2u * HELD_ROWS>; // quads of extra
 
 // Where a quad begins in its block of A or B: at row (of A) or column (of B) x, and k.
 struct Corner {
@@ -74,14 +80,39 @@ fn corner_b(i: u32, thread: u32) -> Corner {
 }
 
 // By what the quads in row k of a turned tile change places (exclusive or): threads go to two quads of x at four k, and so
-// write all 32 banks at once; threads that read neighbouring quads still do. Below 8, and the same for four k.
+// write all 32 banks at once; threads that read neighbouring quads still do. Below 8, and the same for four k. Where it is 0, NVIDIA's
+// compiler no longer sees that a quad lies at a multiple of 16 bytes and loads its halves, unless FIRST_SHUFFLE is 1.
 fn shuffle(k: u32) -> u32 {
-    return k / 4u * 2u;
+    return k / 4u * 2u + FIRST_SHUFFLE;
 }
 
-// One quad of the tile of A that begins at first_k -> registers. Rows beyond the matrix repeat its last; k beyond the end
+// Rows of storage between the first quad that a thread moves and quad i.
+fn rows_of_a(i: u32) -> u32 {
+    return select(i % 2u + i / 2u * (THREADS / K_QUADS * 2u), i * (THREADS / M_QUADS), A_BY_K);
+}
+
+fn rows_of_b(i: u32) -> u32 {
+    return select(i * (THREADS / N_QUADS), i, B_BY_N);
+}
+
+fn begin(place: Place, thread: u32) {
+    let a = corner_a(0u, thread);
+    let b = corner_b(0u, thread);
+    let row = place.first_row + a.x;
+    let col = place.first_col + b.x;
+    let a_k = place.first_k + a.k;
+    let b_k = place.first_k + b.k;
+    at_a = select(row * params.a_stride + a_k, a_k * params.a_stride + row, A_BY_K) / UNIT;
+    at_b = select(b_k * params.b_stride + col, col * params.b_stride + b_k, B_BY_N) / UNIT;
+}
+
+// One quad of the tile of A that begins at first_k -> registers; without an edge to mind, by one addition (1 to 3 %). Rows beyond the matrix repeat its last; k beyond the end
 // counts 0 in A, so what it meets in B only has to be a number, which the padding of a row need not be.
 fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
+    if (!RAGGED && !K_RAGGED) {
+        next_a[i] = quad_of_a(load_a(at_a + rows_of_a(i) * params.a_stride / UNIT), 0u);
+        return;
+    }
     let at = corner_a(i, thread);
     let row = place.first_row + at.x;
     let k = first_k + at.k;
@@ -101,6 +132,10 @@ fn fetch_a(i: u32, place: Place, first_k: u32, thread: u32) {
 }
 
 fn fetch_b(i: u32, place: Place, first_k: u32, thread: u32) {
+    if (!RAGGED && !K_RAGGED) {
+        next_b[i] = quad_of_b(load_b(at_b + rows_of_b(i) * params.b_stride / UNIT), 0u);
+        return;
+    }
     let at = corner_b(i, thread);
     let col = place.first_col + at.x;
     let k = first_k + at.k;
@@ -192,11 +227,12 @@ fn add_row(i: u32, left: f32, right_0: vec4<f32>, right_1: vec4<f32>) {
     sums[2u * i + 1u] = fma(vec4<f32>(left), right_1, sums[2u * i + 1u]);
 }
 
+// From the last row to the first, since NVIDIA's compiler gives registers in the order of the text: 2 to 4 % by which rows come first.
 fn add_rows(first: u32, left: vec4<f32>, right_0: vec4<f32>, right_1: vec4<f32>) {
-    add_row(first, left.x, right_0, right_1);
-    add_row(first + 1u, left.y, right_0, right_1);
-    add_row(first + 2u, left.z, right_0, right_1);
     add_row(first + 3u, left.w, right_0, right_1);
+    add_row(first + 2u, left.z, right_0, right_1);
+    add_row(first + 1u, left.y, right_0, right_1);
+    add_row(first, left.x, right_0, right_1);
 }
 
 // The products of k and k + 1, k even
@@ -222,15 +258,34 @@ fn multiply_tile(thread_row: u32, thread_col: u32) {
     multiply(14u, thread_row, thread_col);
 }
 
-fn finish_quad(i: u32, j: u32, place: Place, thread_row: u32, thread_col: u32) {
-    let row = place.out_row + 4u * (thread_row + i / 4u * THREAD_ROWS) + i % 4u;
-    let col = place.first_col + 4u * (thread_col + j * THREAD_COLS);
-    finish(row, col, place.split, sums[2u * i + j], fetch_extra(row, col));
+fn row_of_out(i: u32, place: Place, thread_row: u32) -> u32 {
+    return place.out_row + 4u * (thread_row + i / 4u * THREAD_ROWS) + i % 4u;
+}
+
+fn col_of_out(j: u32, place: Place, thread_col: u32) -> u32 {
+    return place.first_col + 4u * (thread_col + j * THREAD_COLS);
+}
+
+// Loads of one row are all under way before the first is waited for; a store in between would keep the next back.
+fn fetch_row_of_others(i: u32, place: Place, thread_row: u32, thread_col: u32) {
+    let row = row_of_out(i, place, thread_row);
+    others[2u * (i % HELD_ROWS)] = fetch_extra(row, col_of_out(0u, place, thread_col));
+    others[2u * (i % HELD_ROWS) + 1u] = fetch_extra(row, col_of_out(1u, place, thread_col));
 }
 
 fn finish_row(i: u32, place: Place, thread_row: u32, thread_col: u32) {
-    finish_quad(i, 0u, place, thread_row, thread_col);
-    finish_quad(i, 1u, place, thread_row, thread_col);
+    let row = row_of_out(i, place, thread_row);
+    finish(row, col_of_out(0u, place, thread_col), place.split, sums[2u * i], others[2u * (i % HELD_ROWS)]);
+    finish(row, col_of_out(1u, place, thread_col), place.split, sums[2u * i + 1u], others[2u * (i % HELD_ROWS) + 1u]);
+}
+
+fn finish_two_rows(i: u32, place: Place, thread_row: u32, thread_col: u32) {
+    if (EXTRA_ROWS > 0u) {
+        fetch_row_of_others(i, place, thread_row, thread_col);
+        fetch_row_of_others(i + 1u, place, thread_row, thread_col);
+    }
+    finish_row(i, place, thread_row, thread_col);
+    finish_row(i + 1u, place, thread_row, thread_col);
 }
 
 @compute @workgroup_size(THREADS)
@@ -246,22 +301,24 @@ fn main(
     let thread_row = thread / THREAD_COLS;
     let thread_col = thread % THREAD_COLS;
 
+    begin(place, thread);
     fetch(place, place.first_k, thread);
+    let along_a = select(BLOCK_K, BLOCK_K * params.a_stride, A_BY_K) / UNIT;
+    let along_b = select(BLOCK_K * params.b_stride, BLOCK_K, B_BY_N) / UNIT;
     for (var first_k = place.first_k; first_k < place.end_k; first_k += BLOCK_K) {
         workgroupBarrier();
         stage(thread);
         workgroupBarrier();
         // The last step fetches its own tile again rather than branch.
-        fetch(place, select(first_k, first_k + BLOCK_K, first_k + BLOCK_K < place.end_k), thread);
+        let has_next = first_k + BLOCK_K < place.end_k;
+        at_a += select(0u, along_a, has_next);
+        at_b += select(0u, along_b, has_next);
+        fetch(place, select(first_k, first_k + BLOCK_K, has_next), thread);
         multiply_tile(thread_row, thread_col);
     }
 
-    finish_row(0u, place, thread_row, thread_col);
-    finish_row(1u, place, thread_row, thread_col);
-    finish_row(2u, place, thread_row, thread_col);
-    finish_row(3u, place, thread_row, thread_col);
-    finish_row(4u, place, thread_row, thread_col);
-    finish_row(5u, place, thread_row, thread_col);
-    finish_row(6u, place, thread_row, thread_col);
-    finish_row(7u, place, thread_row, thread_col);
+    finish_two_rows(0u, place, thread_row, thread_col);
+    finish_two_rows(2u, place, thread_row, thread_col);
+    finish_two_rows(4u, place, thread_row, thread_col);
+    finish_two_rows(6u, place, thread_row, thread_col);
 }

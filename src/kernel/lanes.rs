@@ -27,25 +27,29 @@ impl Lanes {
         self.width == 4
     }
 
-    /// A kernel made of `files` for lanes of this width: activations are stored in f16 or f32, `constants` are declared in its
-    /// header, and what the lanes are is put in front of the files. Files and threads have to follow from `name` and `constants`:
+    /// A kernel made of `files` for lanes of this width: `f16` says whether activations that are given, and
+    /// those that are made, are stored in f16, else f32; `constants` are declared in its header, and what the lanes are is put in front of the files. Files and threads have to follow from `name` and `constants`:
     /// a kernel is made once for those.
     pub fn kernel(
         self,
         name: &'static str,
-        f16: bool,
+        f16: [bool; 2],
         constants: &str,
         files: &[&'static str],
         threads: u32,
     ) -> Kernel {
         /// For a width, a name, f16 or f32, and constants.
-        static MADE: Made<(usize, &'static str, bool, String)> = Made::new();
-        let is = |key: &(usize, &'static str, bool, String)| {
+        static MADE: Made<(usize, &'static str, [bool; 2], String)> = Made::new();
+        let is = |key: &(usize, &'static str, [bool; 2], String)| {
             (key.0, key.1, key.2, key.3.as_str()) == (self.width, name, f16, constants)
         };
         MADE.find(is, || {
-            let (enable, elem) = if f16 { ("enable f16;\n", "f16") } else { ("", "f32") };
-            let header = format!("{enable}alias elem = {elem};\nconst WIDTH: u32 = {}u;\n{constants}", self.width);
+            let enable = if f16.contains(&true) { "enable f16;\n" } else { "" };
+            let [elem, out_elem] = f16.map(|f16| if f16 { "f16" } else { "f32" });
+            let header = format!(
+                "{enable}alias elem = {elem};\nalias out_elem = {out_elem};\nconst WIDTH: u32 = {}u;\n{constants}",
+                self.width
+            );
             let lanes = if self.is_quads() {
                 include_str!("../../wgsl/lanes4.wgsl")
             } else {

@@ -58,7 +58,7 @@ impl SlotKernel {
         let texts = self.texts.get_or_init(|| std::array::from_fn(|last| repeated(slot, last + 1)));
         let constants = format!("const SLOTS: u32 = {slots}u;\nconst CHUNK: u32 = {}u;\n", THREADS * self.lanes);
         let files = [&texts[slots - 1], include_str!("../../wgsl/slots.wgsl"), file];
-        lanes.kernel(self.name, self.f16, &constants, &files, THREADS as u32)
+        lanes.kernel(self.name, [self.f16; 2], &constants, &files, THREADS as u32)
     }
 
     /// Every kernel that [`SlotKernel::launch`] may choose.

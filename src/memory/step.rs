@@ -83,8 +83,9 @@ pub(super) struct Replayer<'a> {
     alive: Breakdown,
     seen: Replay,
     gradients: Vec<Buffer>,
-    /// Into how many parts a product is split, by its sizes: blocks are alike, and the choice looks at many.
-    splits: HashMap<[u64; 3], u64>,
+    /// Into how many parts a product is split, by its sizes and by whether both factors are f16: blocks are alike, and the choice looks
+    /// at many.
+    splits: HashMap<([u64; 3], bool), u64>,
     /// Whether gradients of an earlier micro-batch are there to add to.
     sums: bool,
 }
@@ -152,9 +153,29 @@ impl<'a> Replayer<'a> {
         self.take(Use::Activations, name, channels * self.hidden())
     }
 
+    /// The same of what only products read.
+    fn rounded(&mut self, name: &'static str, channels: u64) -> Buffer {
+        self.take(Use::Activations, name, channels * self.rounded_hidden())
+    }
+
     /// The same as a gradient on its way back.
     fn cotangent(&mut self, name: &'static str, channels: u64) -> Buffer {
         self.take(Use::Workspace, name, channels * self.hidden())
+    }
+
+    /// The same of what only products read.
+    fn rounded_cotangent(&mut self, name: &'static str, channels: u64) -> Buffer {
+        self.take(Use::Workspace, name, channels * self.rounded_hidden())
+    }
+
+    /// Bytes of (B, T, C) where only products read it.
+    fn rounded_hidden(&self) -> u64 {
+        if self.is_mixed() { self.hidden() / 2 } else { self.hidden() }
+    }
+
+    /// Whether half a block of f32 stores what only products read as these round it, in f16.
+    fn is_mixed(&self) -> bool {
+        !self.shape.f16 && matches!(self.shape.engine, Engine::Kernels(variant) if variant.rounds_f32())
     }
 
     /// Bytes of (B, T, C).
@@ -267,9 +288,9 @@ impl<'a> Replayer<'a> {
         parameters::shapes(&self.shape.gpt).into_iter().map(|(_, shape)| elements(shape) * F32).collect()
     }
 
-    /// The weights of the blocks' products in f16, where activations are.
+    /// The weights of the blocks' products in f16, where these multiply f16.
     fn rounded_weights(&mut self) -> Vec<Buffer> {
-        if !self.shape.f16 {
+        if !self.shape.f16 && !self.is_mixed() {
             return Vec::new();
         }
         let (c, blocks) = (self.channels(), self.shape.gpt.n_layer);

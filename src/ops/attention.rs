@@ -20,7 +20,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use self::tiles::{HEAD_DIMS, Pass, Variant};
 use super::dropout::{Dropout, DropoutOps};
-use super::gradient_scale;
+use super::{gradient_scale, hold, widen};
 use crate::cpu::{self, attention::Sizes};
 use crate::kernel::{self, Work, fold};
 
@@ -31,16 +31,18 @@ const MASKED: f32 = -1e30;
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait AttentionOps: DropoutOps {
     /// qkv (B, T, 3C) -> (out (B, T, C), lse (B, H, T, 1)): lse is the natural log of each row's sum of exponentials, before
-    /// dropout. Only these two are saved: the backward computes the probabilities again.
+    /// dropout. Only these two are saved: the backward computes the probabilities again. out is of qkv's type, or f32 where `whole`.
     fn causal_attention(
         qkv: FloatTensor<Self>,
         n_head: usize,
         dropout: Dropout,
+        whole: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        composed_forward::<Self>(qkv, n_head, dropout)
+        composed_forward::<Self>(widen::<Self>(qkv, whole), n_head, dropout)
     }
 
-    /// dout, out (B, T, C), qkv (B, T, 3C), lse (B, H, T, 1) -> dqkv (B, T, 3C).
+    /// dout, out (B, T, C), qkv (B, T, 3C), lse (B, H, T, 1) -> dqkv (B, T, 3C), of qkv's type. Beside a dout in f32 qkv may be f16, and
+    /// dqkv is `held` times itself then.
     fn causal_attention_backward(
         dout: FloatTensor<Self>,
         qkv: FloatTensor<Self>,
@@ -48,8 +50,10 @@ pub trait AttentionOps: DropoutOps {
         lse: FloatTensor<Self>,
         n_head: usize,
         dropout: Dropout,
+        held: Option<f32>,
     ) -> FloatTensor<Self> {
-        composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout)
+        let qkv = widen::<Self>(qkv, held.is_some());
+        hold::<Self>(composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout), held)
     }
 }
 
@@ -95,7 +99,7 @@ fn causal_mask<B: Backend>(time: usize, device: &Device<B>) -> FloatTensor<B> {
 }
 
 fn drop<B: DropoutOps>(x: FloatTensor<B>, dropout: Dropout) -> FloatTensor<B> {
-    if dropout.is_on() { B::dropout(x, dropout) } else { x }
+    if dropout.is_on() { B::dropout(x, dropout, None) } else { x }
 }
 
 /// Sizes of a packed projection, where the CPU's loops serve it.
@@ -110,9 +114,10 @@ impl AttentionOps for Flex {
         qkv: FloatTensor<Self>,
         n_head: usize,
         dropout: Dropout,
+        whole: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let Some(sizes) = cpu_sizes(&qkv, n_head) else {
-            return composed_forward::<Self>(qkv, n_head, dropout);
+            return composed_forward::<Self>(widen::<Self>(qkv, whole), n_head, dropout);
         };
         let qkv = cpu::contiguous(qkv);
         let (out, lse) = cpu::attention::forward(cpu::values(&qkv), sizes, dropout);
@@ -128,14 +133,16 @@ impl AttentionOps for Flex {
         lse: FloatTensor<Self>,
         n_head: usize,
         dropout: Dropout,
+        held: Option<f32>,
     ) -> FloatTensor<Self> {
         let Some(sizes) = cpu_sizes(&qkv, n_head) else {
-            return composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout);
+            let qkv = widen::<Self>(qkv, held.is_some());
+            return hold::<Self>(composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout), held);
         };
         let [dout, qkv, out, lse] = [dout, qkv, out, lse].map(cpu::contiguous);
         let [given_dout, given_qkv, given_out, given_lse] = [&dout, &qkv, &out, &lse].map(cpu::values);
         let given = cpu::attention::Backward { dout: given_dout, qkv: given_qkv, out: given_out, lse: given_lse };
-        cpu::tensor(cpu::attention::backward(given, sizes, dropout), qkv.shape())
+        hold::<Self>(cpu::tensor(cpu::attention::backward(given, sizes, dropout), qkv.shape()), held)
     }
 }
 
@@ -186,11 +193,11 @@ fn composed_backward<B: DropoutOps>(
     B::float_cat(vec![merge_heads::<B>(dq), merge_heads::<B>(dk), merge_heads::<B>(dv)], 2)
 }
 
-/// The kernels that serve `qkv` under the user's choice; none: the composed version.
-fn variant(qkv: &CubeTensor, n_head: usize) -> Option<Variant> {
+/// The kernels that serve `qkv` under the user's choice, and beside it an f32 out where `is_mixed`; none: the composed version.
+fn variant(qkv: &CubeTensor, n_head: usize, is_mixed: bool) -> Option<Variant> {
     let channels = qkv.meta.shape()[2] / 3;
     let head_dim = channels / n_head;
-    let variant = kernel::variant(qkv)?;
+    let variant = kernel::variant(qkv).filter(|variant| !is_mixed || variant.rounds_f32())?;
     if !HEAD_DIMS.contains(&head_dim) {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
@@ -203,16 +210,19 @@ fn variant(qkv: &CubeTensor, n_head: usize) -> Option<Variant> {
     Some(variant)
 }
 
-/// Sizes and dropout as the attention kernels' `Params`.
-fn params(qkv: &CubeTensor, n_head: usize, dropout: Dropout) -> Vec<u32> {
+/// Sizes and dropout as the attention kernels' `Params`, and the factor of a gradient of `out`'s type, which one of qkv in f16 keeps.
+fn params(qkv: &CubeTensor, out: &CubeTensor, n_head: usize, dropout: Dropout) -> Vec<u32> {
     let [batch, time, _] = qkv.meta.shape().dims::<3>();
     let mut params = vec![batch as u32, n_head as u32, time as u32, 0];
     params.extend(dropout.params());
-    params.extend([gradient_scale(qkv, batch * time).to_bits(), 0]);
+    let scale = gradient_scale(out, batch * time);
+    let result = if qkv.dtype == DType::F16 { 1.0 } else { scale.recip() };
+    params.extend([scale, result].map(f32::to_bits));
     params
 }
 
-/// Queues one of the tiled kernels over `tensors`, bound in the order that its file states; all are contiguous.
+/// Queues one of the tiled kernels over `tensors`, bound in the order that its file states; all are contiguous. Cooperative ones take an
+/// f32 out or dout beside qkv in f16 too, and dqkv is held then.
 /// `few_registers` is its device's ([`kernel::Capabilities`]).
 ///
 /// For the tests and benchmarks, which give their own outputs; the model calls [`causal_attention`].
@@ -226,7 +236,7 @@ pub fn launch(
     tensors: &[&CubeTensor],
 ) {
     let [batch, time, width] = qkv.meta.shape().dims::<3>();
-    let f16 = qkv.dtype == DType::F16;
+    let f16 = [qkv, tensors[1]].map(|tensor| tensor.dtype == DType::F16);
     let (kernel, rows) = tiles::kernel(pass, variant, few_registers, width / 3 / n_head, f16, dropout.is_on());
     let groups = batch * n_head * time.div_ceil(rows as usize);
     // Two products of the lower triangle forward; backward makes five, of which dQ and dK/dV share S and dP.
@@ -235,16 +245,16 @@ pub fn launch(
     kernel.with_work(Work { flops, ..Work::default() }).launch(
         fold(groups as u32),
         tensors,
-        &params(qkv, n_head, dropout),
+        &params(qkv, tensors[1], n_head, dropout),
     );
 }
 
 /// Queues delta = rowsum(dout · out) over [dout, out, delta].
 pub fn launch_delta(n_head: usize, qkv: &CubeTensor, tensors: &[&CubeTensor]) {
     let [batch, time, width] = qkv.meta.shape().dims::<3>();
-    let (kernel, rows) = tiles::delta_kernel(width / 3 / n_head, qkv.dtype == DType::F16);
+    let (kernel, rows) = tiles::delta_kernel(width / 3 / n_head, tensors[0].dtype == DType::F16);
     let groups = (batch * time * n_head).div_ceil(rows as usize);
-    kernel.launch(fold(groups as u32), tensors, &params(qkv, n_head, Dropout::OFF));
+    kernel.launch(fold(groups as u32), tensors, &params(qkv, tensors[0], n_head, Dropout::OFF));
 }
 
 /// A contiguous f32 tensor (B, H, T, 1) on qkv's device.
@@ -260,16 +270,17 @@ impl AttentionOps for CubeBackend {
         qkv: FloatTensor<Self>,
         n_head: usize,
         dropout: Dropout,
+        whole: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let Some(variant) = variant(&qkv, n_head) else {
+        let dtype = if whole { DType::F32 } else { qkv.dtype };
+        let Some(variant) = variant(&qkv, n_head, dtype != qkv.dtype) else {
             // In f32: f16 has no room for the mask, nor for sums of exponentials.
-            let dtype = qkv.dtype.into();
             let (out, lse) = composed_forward::<Self>(Self::float_cast(qkv, FloatDType::F32), n_head, dropout);
-            return (Self::float_cast(out, dtype), lse);
+            return (Self::float_cast(out, dtype.into()), lse);
         };
         let qkv = into_contiguous(qkv);
         let [batch, time, width] = qkv.meta.shape().dims::<3>();
-        let out = kernel::empty(&qkv, Shape::new([batch, time, width / 3]));
+        let out = kernel::empty_of(&qkv, Shape::new([batch, time, width / 3]), dtype);
         let lse = row_values(&qkv, n_head);
         launch(Pass::Forward, variant, kernel::few_registers(&qkv), n_head, dropout, &qkv, &[&qkv, &out, &lse]);
         (out, lse)
@@ -282,11 +293,13 @@ impl AttentionOps for CubeBackend {
         lse: FloatTensor<Self>,
         n_head: usize,
         dropout: Dropout,
+        held: Option<f32>,
     ) -> FloatTensor<Self> {
-        let Some(variant) = variant(&qkv, n_head) else {
+        let Some(variant) = variant(&qkv, n_head, held.is_some()) else {
             let dtype = qkv.dtype.into();
             let [dout, qkv, out] = [dout, qkv, out].map(|tensor| Self::float_cast(tensor, FloatDType::F32));
-            return Self::float_cast(composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout), dtype);
+            let dqkv = composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout);
+            return Self::float_cast(hold::<Self>(dqkv, held), dtype);
         };
         let (dout, qkv, out, lse) =
             (into_contiguous(dout), into_contiguous(qkv), into_contiguous(out), into_contiguous(lse));
@@ -321,7 +334,7 @@ impl<B: AttentionOps> Backward<B, 1> for AttentionBackward {
         let dout = grads.consume::<B>(&ops.node);
         if let Some(qkv) = qkv {
             let s = ops.state;
-            let dqkv = B::causal_attention_backward(dout, s.qkv, s.out, s.lse, s.n_head, s.dropout);
+            let dqkv = B::causal_attention_backward(dout, s.qkv, s.out, s.lse, s.n_head, s.dropout, None);
             grads.register::<B>(qkv.id, dqkv);
         }
     }
@@ -332,10 +345,11 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
         qkv: FloatTensor<Self>,
         n_head: usize,
         dropout: Dropout,
+        whole: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let prepared = AttentionBackward.prepare::<C>([qkv.node()]).compute_bound().stateful();
         let qkv = <Self as AutodiffBackend>::inner(qkv);
-        let (out, lse) = B::causal_attention(qkv.clone(), n_head, dropout);
+        let (out, lse) = B::causal_attention(qkv.clone(), n_head, dropout, whole);
         let out = match prepared {
             OpsKind::Tracked(prepared) => {
                 let state = AttentionState { qkv, out: out.clone(), lse: lse.clone(), n_head, dropout };
@@ -349,6 +363,6 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
 
 /// Causal attention: qkv (B, T, 3C), packed as q, k, v with head h at columns h·D .. (h+1)·D of each third -> (B, T, C).
 pub fn causal_attention(qkv: Tensor<3>, n_head: usize, dropout: Dropout) -> Tensor<3> {
-    let (out, _) = <Dispatch as AttentionOps>::causal_attention(qkv.into_dispatch(), n_head, dropout);
+    let (out, _) = <Dispatch as AttentionOps>::causal_attention(qkv.into_dispatch(), n_head, dropout, false);
     Tensor::from_dispatch(out)
 }

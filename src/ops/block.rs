@@ -4,7 +4,7 @@
 //! the norm's gradient is made, and costs the host one node instead of five.
 
 use burn::backend::{
-    Autodiff, Backend, Dispatch, ExtensionType, Flex,
+    Autodiff, Backend, Dispatch, ExtensionType, Flex, TensorMetadata,
     autodiff::{
         NodeId,
         checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -17,12 +17,12 @@ use burn::backend::{
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeBackend;
 
-use super::Optional;
 use super::attention::AttentionOps;
 use super::cast::to_f16;
 use super::dropout::Dropout;
 use super::layer_norm::LayerNormOps;
 use super::linear::{Gelu, LinearOps};
+use super::{Optional, held};
 
 /// Half blocks.
 #[backend_extension(Cube, Flex, Autodiff)]
@@ -58,7 +58,8 @@ pub struct Weights<B: Backend> {
     #[extension_type]
     norm_b: Optional<B>,
     w_in: FloatTensor<B>,
-    /// What is multiplied instead of w_in where x is f16: its copy in f16. The gradient is w_in's.
+    /// What is multiplied instead of w_in: its copy in f16, which is there where x is f16, or may be where products of f32 round to it.
+    /// The gradient is w_in's.
     #[extension_type]
     rounded_in: Optional<B>,
     #[extension_type]
@@ -87,7 +88,7 @@ struct Saved<B: BlockOps> {
     mean: FloatTensor<B>,
     rstd: FloatTensor<B>,
     normed: FloatTensor<B>,
-    /// In the type of the products, as w_out.
+    /// As the backward multiplies it, and w_out.
     w_in: FloatTensor<B>,
     /// The first product: qkv, or what goes into GELU.
     inner: FloatTensor<B>,
@@ -98,6 +99,8 @@ struct Saved<B: BlockOps> {
     w_out: FloatTensor<B>,
     branch: Branch,
     dropout: Dropout,
+    /// What the gradients are stored times that only products read, where these are f16 and x is not ([`held`]).
+    held: Option<f32>,
 }
 
 fn forward<B: BlockOps>(
@@ -107,21 +110,26 @@ fn forward<B: BlockOps>(
     dropout: Dropout,
 ) -> (FloatTensor<B>, Saved<B>) {
     let Weights { norm_w, norm_b, w_in, rounded_in, b_in, w_out, rounded_out, b_out } = weights;
-    let (w_in, w_out) = (rounded_in.unwrap_or(w_in), rounded_out.unwrap_or(w_out));
-    let (normed, mean, rstd) = B::layer_norm_forward(x.clone(), norm_w.clone(), norm_b);
-    let (inner, outer, lse) = match branch {
+    let is_rounded = matches!(rounded_in, Optional::Present(_));
+    // What only products read is stored as they would round it: f16 where everything else is f32.
+    let held =
+        (is_rounded && x.dtype() == DType::F32).then(|| held(x.shape().num_elements() / norm_w.shape()[0].max(1)));
+    let (w_in, rounded_out) = (rounded_in.unwrap_or(w_in), rounded_out.unwrap_or(w_out.clone()));
+    let (normed, mean, rstd) = B::layer_norm_forward(x.clone(), norm_w.clone(), norm_b, held.is_some());
+    let (inner, outer, w_out, lse) = match branch {
         Branch::Attention(n_head, dropout) => {
             let qkv = B::linear_forward(normed.clone(), w_in.clone(), b_in);
-            let (heads, lse) = B::causal_attention(qkv.clone(), n_head, dropout);
-            (qkv, heads, Some(lse))
+            let (heads, lse) = B::causal_attention(qkv.clone(), n_head, dropout, held.is_some());
+            (qkv, heads, if held.is_some() { w_out } else { rounded_out.clone() }, Some(lse))
         }
         Branch::Mlp(gelu) => {
-            let (hidden, h) = B::linear_gelu(normed.clone(), w_in.clone(), b_in, gelu);
-            (h, hidden, None)
+            let (hidden, h) = B::linear_gelu(normed.clone(), w_in.clone(), b_in, gelu, held.is_some());
+            (h, hidden, rounded_out.clone(), None)
         }
     };
-    let y = B::linear_residual(outer.clone(), w_out.clone(), b_out, x.clone(), dropout);
-    (y, Saved { x, norm_w, mean, rstd, normed, w_in, inner, outer, lse, w_out, branch, dropout })
+    let y = B::linear_residual(outer.clone(), w_out, b_out, x.clone(), dropout);
+    let w_out = rounded_out;
+    (y, Saved { x, norm_w, mean, rstd, normed, w_in, inner, outer, lse, w_out, branch, dropout, held })
 }
 
 /// Parents: x, norm_w, w_in, w_out, then norm_b, b_in, b_out where there are biases.
@@ -138,35 +146,36 @@ impl<B: BlockOps, const N: usize> Backward<B, N> for BlockBackward<N> {
         let wanted = |i: usize| -> Option<NodeId> { ops.parents.get(i).and_then(Option::as_ref).map(|node| node.id) };
         let [x, norm_w, w_in, w_out, norm_b, b_in, b_out] = std::array::from_fn(wanted);
         // y = x + dropout(outer w_outᵀ + b_out)
-        let dz = if s.dropout.is_on() { B::dropout(dy.clone(), s.dropout) } else { dy.clone() };
+        let is_whole = !s.dropout.is_on() && s.held.is_none();
+        let dz = if is_whole { dy.clone() } else { B::dropout(dy.clone(), s.dropout, s.held) };
         if let Some(b_out) = b_out {
-            grads.register::<B>(b_out, B::linear_db(dz.clone()));
+            grads.register::<B>(b_out, B::linear_db(dz.clone(), s.held));
         }
         // Attention's backward needs the heads once more; the MLP's hidden layer goes as soon as it can.
         let heads = matches!(s.branch, Branch::Attention(..)).then(|| s.outer.clone());
         if let Some(w_out) = w_out {
-            grads.register::<B>(w_out, B::linear_dw(dz.clone(), s.outer));
+            grads.register::<B>(w_out, B::linear_dw(dz.clone(), s.outer, s.held));
         }
         let dinner = match (s.branch, heads.zip(s.lse)) {
             (Branch::Attention(n_head, dropout), Some((heads, lse))) => {
-                let dheads = B::linear_dx(dz, s.w_out);
-                B::causal_attention_backward(dheads, s.inner, heads, lse, n_head, dropout)
+                let dheads = B::linear_dx(dz, s.w_out, s.held);
+                B::causal_attention_backward(dheads, s.inner, heads, lse, n_head, dropout, s.held)
             }
             // outer = gelu(inner)
-            (Branch::Mlp(gelu), _) => B::linear_dh(dz, s.w_out, s.inner, gelu),
+            (Branch::Mlp(gelu), _) => B::linear_dh(dz, s.w_out, s.inner, gelu, s.held),
             (Branch::Attention(..), None) => return, // attention's forward always has one
         };
         // inner = normed w_inᵀ + b_in
         if let Some(b_in) = b_in {
-            grads.register::<B>(b_in, B::linear_db(dinner.clone()));
+            grads.register::<B>(b_in, B::linear_db(dinner.clone(), s.held));
         }
         if let Some(w_in) = w_in {
-            grads.register::<B>(w_in, B::linear_dw(dinner.clone(), s.normed));
+            grads.register::<B>(w_in, B::linear_dw(dinner.clone(), s.normed, s.held));
         }
         if x.is_none() && norm_w.is_none() && norm_b.is_none() {
             return;
         }
-        let dnormed = B::linear_dx(dinner, s.w_in);
+        let dnormed = B::linear_dx(dinner, s.w_in, s.held);
         // normed = norm(x); x goes past the branch too
         let (dx, dw, db) = B::layer_norm_backward(dnormed, s.x, s.norm_w, s.mean, s.rstd, Optional::Present(dy));
         for (parent, gradient) in [(x, dx), (norm_w, dw), (norm_b, db)] {
@@ -242,7 +251,7 @@ pub struct Parameters {
 pub struct Layer {
     /// (out, in) f32.
     pub weight: Tensor<2>,
-    /// The weight in f16, without autodiff, where somebody has it.
+    /// The weight in f16, without autodiff, where somebody has it: then it is what is multiplied.
     pub rounded: Option<Tensor<2>>,
     /// (out).
     pub bias: Option<Tensor<1>>,
@@ -261,9 +270,7 @@ impl Parameters {
             }
         }
         for layer in [inner, outer] {
-            if x.dtype() != DType::F16 {
-                layer.rounded = None;
-            } else if layer.rounded.is_none() {
+            if x.dtype() == DType::F16 && layer.rounded.is_none() {
                 layer.rounded = Some(to_f16(layer.weight.clone().inner()));
             }
         }
@@ -282,14 +289,14 @@ impl Parameters {
 }
 
 /// x + dropout(attention(norm(x))), its dropout the second, the first on the probabilities: x (B, T, C) -> (B, T, C). Weights are
-/// f32 and are multiplied in x's type.
+/// f32 and are multiplied in x's type, or as they are rounded.
 pub fn attention_block(x: Tensor<3>, parameters: Parameters, n_head: usize, dropouts: [Dropout; 2]) -> Tensor<3> {
     let weights = parameters.complete(&x);
     let y = <Dispatch as BlockOps>::attention_block(x.into_dispatch(), weights, n_head, dropouts);
     Tensor::from_dispatch(y)
 }
 
-/// x + dropout(mlp(norm(x))): x (B, T, C) -> (B, T, C). Weights are f32 and are multiplied in x's type.
+/// x + dropout(mlp(norm(x))): x (B, T, C) -> (B, T, C). Weights are f32 and are multiplied in x's type, or as they are rounded.
 pub fn mlp_block(x: Tensor<3>, parameters: Parameters, gelu: Gelu, dropout: Dropout) -> Tensor<3> {
     let weights = parameters.complete(&x);
     Tensor::from_dispatch(<Dispatch as BlockOps>::mlp_block(x.into_dispatch(), weights, gelu, dropout))

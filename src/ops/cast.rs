@@ -15,7 +15,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use super::Tensors;
 use crate::kernel::lanes::serves;
 use crate::kernel::slots::{self, Slot, SlotKernel};
-use crate::kernel::{Kernel, empty_of};
+use crate::kernel::{Kernel, Variant, empty_of, variant};
 
 /// Copies of tensors in f16.
 #[backend_extension(Cube, Flex, Autodiff)]
@@ -23,6 +23,12 @@ pub trait CastOps: Backend {
     /// At least one tensor of any shape, f32 -> as many rounded to f16.
     fn to_f16(#[extension_type] x: Tensors<Self>) -> Tensors<Self> {
         composed_casts::<Self>(x)
+    }
+
+    /// The same of tensors that products would round to f16 anyway; none where they would not.
+    fn as_multiplied(#[extension_type] x: Tensors<Self>) -> Tensors<Self> {
+        let _ = x;
+        Tensors(Vec::new())
     }
 }
 
@@ -70,6 +76,11 @@ impl CastOps for CubeBackend {
         launch(&casts, slots::most(&x[0], 2, 0));
         Tensors(y)
     }
+
+    fn as_multiplied(x: Tensors<Self>) -> Tensors<Self> {
+        let rounds = x.0.iter().all(|x| x.dtype == DType::F32 && variant(x).is_some_and(Variant::rounds_f32));
+        if rounds { Self::to_f16(x) } else { Tensors(Vec::new()) }
+    }
 }
 
 #[derive(Debug)]
@@ -106,6 +117,12 @@ impl<B: CastOps, C: CheckpointStrategy> CastOps for Autodiff<B, C> {
 /// weights in f32.
 pub fn all_to_f16<const D: usize>(x: impl IntoIterator<Item = Tensor<D>>) -> impl Iterator<Item = Tensor<D>> {
     <Dispatch as CastOps>::to_f16(Tensors::of(x)).into_tensors()
+}
+
+/// As many of at least one tensor, without autodiff, as cooperative products of f32 tensors round them; nothing where products do not
+/// round.
+pub fn all_as_multiplied<const D: usize>(x: impl IntoIterator<Item = Tensor<D>>) -> impl Iterator<Item = Tensor<D>> {
+    <Dispatch as CastOps>::as_multiplied(Tensors::of(x)).into_tensors()
 }
 
 /// As [`all_to_f16`], of one tensor.

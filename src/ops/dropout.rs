@@ -14,9 +14,10 @@ use burn::backend::{
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous};
 
+use super::hold;
 use crate::cpu;
 use crate::kernel::lanes::Lanes;
-use crate::kernel::{Kernel, PHILOX, clock, empty_like, fold, matrix};
+use crate::kernel::{Kernel, PHILOX, clock, empty_of, fold, matrix};
 use crate::rng::{philox4x32_7, philox4x32_7_lanes};
 
 /// One place in the model, at one step, that drops elements.
@@ -106,25 +107,25 @@ impl Dropout {
 /// Dropout of any tensor, seen as a matrix (all leading dimensions, last dimension).
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait DropoutOps: Backend {
-    /// x (..., K) times the mask's factors.
-    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
-        composed::<Self>(x, dropout)
+    /// x (..., K) times the mask's factors. Of x's type, or a gradient that is stored `held` times itself in f16.
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout, held: Option<f32>) -> FloatTensor<Self> {
+        composed::<Self>(x, dropout, held)
     }
 }
 
 /// The whole of [`DropoutOps::dropout`]'s default, for the CPU's path to fall back on.
-fn composed<B: Backend>(x: FloatTensor<B>, dropout: Dropout) -> FloatTensor<B> {
+fn composed<B: Backend>(x: FloatTensor<B>, dropout: Dropout, held: Option<f32>) -> FloatTensor<B> {
     let shape = x.shape();
     let columns = shape[shape.num_dims() - 1];
     let factors = dropout.factors(shape.num_elements() / columns.max(1), columns);
     let mask = B::float_from_data(TensorData::new(factors, shape).convert_dtype(x.dtype()), &x.device());
-    B::float_mul(x, mask)
+    hold::<B>(B::float_mul(x, mask), held)
 }
 
 impl DropoutOps for Flex {
-    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
-        if !cpu::serves(&[&x]) {
-            return composed::<Self>(x, dropout);
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout, held: Option<f32>) -> FloatTensor<Self> {
+        if held.is_some() || !cpu::serves(&[&x]) {
+            return composed::<Self>(x, dropout, held);
         }
         let [_, columns] = cpu::matrix(&x);
         let mut x = cpu::own(x);
@@ -133,26 +134,31 @@ impl DropoutOps for Flex {
     }
 }
 
-/// The kernel for rows of `columns` elements of f16 (or f32): one lane a thread, 256 threads a workgroup.
-pub fn kernel(columns: usize, f16: bool) -> Kernel {
-    Lanes::of(columns).kernel("dropout", f16, "", &[PHILOX, include_str!("../../wgsl/dropout.wgsl")], 256)
+/// The kernel for rows of `columns` elements, given and made in f16 (or f32): one lane a thread, 256 threads a workgroup. Nothing is
+/// dropped without `drops`.
+pub fn kernel(columns: usize, f16: [bool; 2], drops: bool) -> Kernel {
+    let constants = format!("const DROPOUT: bool = {drops};\n");
+    Lanes::of(columns).kernel("dropout", f16, &constants, &[PHILOX, include_str!("../../wgsl/dropout.wgsl")], 256)
 }
 
 /// Every kernel of dropout.
 pub fn kernels() -> Vec<Kernel> {
-    [1, 4].into_iter().flat_map(|columns| [false, true].map(|f16| kernel(columns, f16))).collect()
+    let cases = [([false; 2], true), ([true; 2], true), ([false, true], true), ([false, true], false)];
+    [1, 4].into_iter().flat_map(|columns| cases.map(|(f16, drops)| kernel(columns, f16, drops))).collect()
 }
 
 impl DropoutOps for CubeBackend {
-    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout, held: Option<f32>) -> FloatTensor<Self> {
         let x = into_contiguous(x);
-        let y = empty_like(&x);
+        let y = empty_of(&x, x.meta.shape().clone(), if held.is_some() { DType::F16 } else { x.dtype });
         let (rows, columns) = matrix(&x);
         let lanes = Lanes::of(columns);
         let groups = (rows * lanes.count).div_ceil(256) as u32;
         let mut params = vec![rows as u32, lanes.count as u32];
         params.extend(dropout.params());
-        kernel(columns, x.dtype == DType::F16).launch(fold(groups), &[&x, &y], &params);
+        params.push(held.unwrap_or(1.0).to_bits());
+        let f16 = [&x, &y].map(|tensor| tensor.dtype == DType::F16);
+        kernel(columns, f16, dropout.is_on()).launch(fold(groups), &[&x, &y], &params);
         y
     }
 }
@@ -167,15 +173,15 @@ impl<B: DropoutOps> Backward<B, 1> for DropoutBackward {
         let [x] = ops.parents;
         let dy = grads.consume::<B>(&ops.node);
         if let Some(x) = x {
-            grads.register::<B>(x.id, B::dropout(dy, ops.state)); // y = x * mask  =>  dx = dy * mask
+            grads.register::<B>(x.id, B::dropout(dy, ops.state, None)); // y = x * mask  =>  dx = dy * mask
         }
     }
 }
 
 impl<B: DropoutOps, C: CheckpointStrategy> DropoutOps for Autodiff<B, C> {
-    fn dropout(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+    fn dropout(x: FloatTensor<Self>, dropout: Dropout, held: Option<f32>) -> FloatTensor<Self> {
         let prepared = DropoutBackward.prepare::<C>([x.node()]).compute_bound().stateful();
-        let y = B::dropout(<Self as AutodiffBackend>::inner(x), dropout);
+        let y = B::dropout(<Self as AutodiffBackend>::inner(x), dropout, held);
         match prepared {
             OpsKind::Tracked(prepared) => prepared.finish(dropout, y),
             OpsKind::UnTracked(prepared) => prepared.finish(y),
@@ -188,5 +194,5 @@ pub fn dropout<const D: usize>(x: Tensor<D>, dropout: Dropout) -> Tensor<D> {
     if !dropout.is_on() {
         return x;
     }
-    Tensor::from_dispatch(<Dispatch as DropoutOps>::dropout(x.into_dispatch(), dropout))
+    Tensor::from_dispatch(<Dispatch as DropoutOps>::dropout(x.into_dispatch(), dropout, None))
 }

@@ -61,7 +61,7 @@ fn composed_forward<B: DropoutOps>(
     let rows = [Slice::from(0..time), Slice::from(0..channels)];
     let position = B::float_reshape(B::float_slice(wpe, &rows), Shape::new([1, time, channels]));
     let x = B::float_add(token, position);
-    let x = if dropout.is_on() { B::dropout(x, dropout) } else { x };
+    let x = if dropout.is_on() { B::dropout(x, dropout, None) } else { x };
     if f16 { B::float_cast(x, FloatDType::F16) } else { x }
 }
 
@@ -77,7 +77,7 @@ fn composed_backward<B: DropoutOps>(
     let device = dx.device();
     let dx = B::float_cast(dx, FloatDType::F32);
     let dx = if dropout.is_on() {
-        B::dropout(dx, dropout) // x = mask (token + position)
+        B::dropout(dx, dropout, None) // x = mask (token + position)
     } else {
         dx
     };
@@ -121,14 +121,14 @@ fn is_served(activation: &CubeTensor, tokens: &CubeTensor, vocab: usize) -> bool
 /// The forward kernel.
 pub fn forward_kernel(lanes: Lanes, f16: bool, dropout: bool) -> Kernel {
     let files = [PHILOX, include_str!("../../wgsl/embedding_forward.wgsl")];
-    lanes.kernel("embedding_forward", f16, &format!("const DROPOUT: bool = {dropout};\n"), &files, 256)
+    lanes.kernel("embedding_forward", [f16; 2], &format!("const DROPOUT: bool = {dropout};\n"), &files, 256)
 }
 
 /// The last of the backward's three kernels; `rows`: the rows of wte and wpe that a workgroup makes, 1 or 16.
 pub fn backward_kernel(lanes: Lanes, f16: bool, dropout: bool, rows: usize) -> Kernel {
     let constants = format!("const DROPOUT: bool = {dropout};\nconst ROWS: u32 = {rows}u;\n");
     let files = [PHILOX, include_str!("../../wgsl/embedding_backward.wgsl")];
-    lanes.kernel("embedding_backward", f16, &constants, &files, 256)
+    lanes.kernel("embedding_backward", [f16; 2], &constants, &files, 256)
 }
 
 /// The first of the backward's three kernels.

@@ -10,13 +10,13 @@ use burn::backend::{
     backend_extension,
     tensor::FloatTensor,
 };
-use burn::tensor::{DType, Shape, Tensor};
+use burn::tensor::{DType, FloatDType, Shape, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{Optional, flatten};
 use crate::cpu;
 use crate::kernel::lanes::{Lanes, serves};
-use crate::kernel::{Kernel, empty, empty_like, fold, matrix};
+use crate::kernel::{Kernel, empty, empty_like, empty_of, fold, matrix};
 
 /// GPT-2's and nanoGPT's epsilon.
 pub const EPSILON: f64 = 1e-5;
@@ -24,13 +24,14 @@ pub const EPSILON: f64 = 1e-5;
 /// y = (x - mean) · rstd · w + b, rstd = 1 / √(variance + ε), each row by itself.
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait LayerNormOps: Backend {
-    /// x (..., C), w (C), b (C) -> (y (..., C), mean (rows, 1), rstd (rows, 1)).
+    /// x (..., C), w (C), b (C) -> (y (..., C), mean (rows, 1), rstd (rows, 1)). y is of x's type, or `rounded` to f16.
     fn layer_norm_forward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         #[extension_type] b: Optional<Self>,
+        rounded: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        composed_forward::<Self>(x, w, b)
+        composed_forward::<Self>(x, w, b, rounded)
     }
 
     /// dy, x (..., C), w (C), mean and rstd (rows, 1) -> (dx (..., C), dw (C), db (C)). What comes to x past the norm, `past`
@@ -52,9 +53,10 @@ impl LayerNormOps for Flex {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         b: Optional<Self>,
+        rounded: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        if !cpu::serves(&[&x, &w]) {
-            return composed_forward::<Self>(x, w, b);
+        if rounded || !cpu::serves(&[&x, &w]) {
+            return composed_forward::<Self>(x, w, b, rounded);
         }
         let (x, w, b) = (cpu::contiguous(x), cpu::contiguous(w), b.map(cpu::contiguous));
         let (y, mean, rstd) = cpu::layer_norm::forward(cpu::values(&x), cpu::values(&w), b.as_ref().map(cpu::values));
@@ -92,6 +94,7 @@ fn composed_forward<B: Backend>(
     x: FloatTensor<B>,
     w: FloatTensor<B>,
     b: Optional<B>,
+    rounded: bool,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let shape = x.shape();
     let row = Shape::new([1, w.shape()[0]]);
@@ -106,7 +109,8 @@ fn composed_forward<B: Backend>(
         Optional::Present(b) => B::float_add(y, B::float_reshape(b, row)),
         Optional::Absent => y,
     };
-    (B::float_reshape(y, shape), mean, rstd)
+    let y = B::float_reshape(y, shape);
+    (if rounded { B::float_cast(y, FloatDType::F16) } else { y }, mean, rstd)
 }
 
 /// The whole of [`LayerNormOps::layer_norm_backward`]'s default.
@@ -143,8 +147,8 @@ fn team(lanes: Lanes) -> u32 {
     [32, 64, 128].into_iter().find(|team| lanes.count <= 4 * team).unwrap_or(256) as u32
 }
 
-/// The forward kernel, and the rows of a workgroup.
-pub fn forward_kernel(columns: usize, f16: bool, bias: bool) -> (Kernel, usize) {
+/// The forward kernel for x and for y in f16 (or f32), and the rows of a workgroup.
+pub fn forward_kernel(columns: usize, f16: [bool; 2], bias: bool) -> (Kernel, usize) {
     let lanes = Lanes::of(columns);
     let team = team(lanes);
     let threads = team.max(64); // small workgroups: a row waits for few others
@@ -167,12 +171,12 @@ pub fn backward_kernel(columns: usize, f16: bool, past: bool) -> (Kernel, usize)
         lanes.count
     );
     let files = [include_str!("../../wgsl/layer_norm_backward.wgsl")];
-    (lanes.kernel("layer_norm_backward", f16, &constants, &files, threads), (threads / team) as usize)
+    (lanes.kernel("layer_norm_backward", [f16; 2], &constants, &files, threads), (threads / team) as usize)
 }
 
 /// The kernel that adds up the partial sums of dw and db.
 pub fn sums_kernel(lanes: Lanes) -> Kernel {
-    lanes.kernel("column_sums", false, "", &[include_str!("../../wgsl/column_sums.wgsl")], 256)
+    lanes.kernel("column_sums", [false; 2], "", &[include_str!("../../wgsl/column_sums.wgsl")], 256)
 }
 
 /// Widths that stand for all: every size of team, lanes of one and of four columns, teams that a row fills and that it
@@ -183,8 +187,10 @@ pub const WIDTHS: [usize; 5] = [67, 384, 768, 1600, 1031];
 pub fn kernels() -> Vec<Kernel> {
     let by_width = WIDTHS.into_iter().flat_map(|columns| {
         [false, true].into_iter().flat_map(move |f16| {
-            let forward = [false, true].map(|bias| forward_kernel(columns, f16, bias).0);
-            forward.into_iter().chain([false, true].map(|past| backward_kernel(columns, f16, past).0))
+            let types = if f16 { vec![[true; 2]] } else { vec![[false; 2], [false, true]] };
+            let forward =
+                types.into_iter().flat_map(move |f16| [false, true].map(|bias| forward_kernel(columns, f16, bias).0));
+            forward.chain([false, true].map(|past| backward_kernel(columns, f16, past).0))
         })
     });
     by_width.chain([1, 4].map(|columns| sums_kernel(Lanes::of(columns)))).collect()
@@ -205,7 +211,8 @@ pub fn launch_forward(
     rstd: &CubeTensor,
 ) {
     let (rows, columns) = matrix(x);
-    let (kernel, group_rows) = forward_kernel(columns, x.dtype == DType::F16, b.is_some());
+    let f16 = [x, y].map(|tensor| tensor.dtype == DType::F16);
+    let (kernel, group_rows) = forward_kernel(columns, f16, b.is_some());
     let groups = rows.div_ceil(group_rows) as u32;
     kernel.launch(fold(groups), &[x, w, b.unwrap_or(w), y, mean, rstd], &[rows as u32]);
 }
@@ -235,9 +242,10 @@ impl LayerNormOps for CubeBackend {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         b: Optional<Self>,
+        rounded: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         if !serves(&x, Ok(())) {
-            return composed_forward::<Self>(x, w, b);
+            return composed_forward::<Self>(x, w, b, rounded);
         }
         let (x, w) = (into_contiguous(x), into_contiguous(w));
         let b = match b {
@@ -245,7 +253,7 @@ impl LayerNormOps for CubeBackend {
             Optional::Absent => None,
         };
         let (rows, _) = matrix(&x);
-        let y = empty_like(&x);
+        let y = empty_of(&x, x.meta.shape().clone(), if rounded { DType::F16 } else { x.dtype });
         let [mean, rstd] = [(); 2].map(|()| empty(&w, Shape::new([rows, 1])));
         launch_forward(&x, &w, b.as_ref(), &y, &mean, &rstd);
         (y, mean, rstd)
@@ -300,9 +308,10 @@ impl<B: LayerNormOps, C: CheckpointStrategy> LayerNormOps for Autodiff<B, C> {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         b: Optional<Self>,
+        rounded: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let (xi, wi) = (x.primitive().clone(), w.primitive().clone());
-        let (y, mean, rstd) = B::layer_norm_forward(xi.clone(), wi.clone(), b.inner());
+        let (y, mean, rstd) = B::layer_norm_forward(xi.clone(), wi.clone(), b.inner(), rounded);
         let saved = (xi, wi, mean.clone(), rstd.clone());
         let y = match b {
             Optional::Present(b) => {
@@ -328,7 +337,7 @@ impl<B: LayerNormOps, C: CheckpointStrategy> LayerNormOps for Autodiff<B, C> {
 /// Layer normalisation of x (..., C) with weight w (C) and bias b (C); ε is [`EPSILON`].
 pub fn layer_norm<const D: usize>(x: Tensor<D>, w: Tensor<1>, b: Option<Tensor<1>>) -> Tensor<D> {
     let (y, _, _) =
-        <Dispatch as LayerNormOps>::layer_norm_forward(x.into_dispatch(), w.into_dispatch(), Optional::of(b));
+        <Dispatch as LayerNormOps>::layer_norm_forward(x.into_dispatch(), w.into_dispatch(), Optional::of(b), false);
     Tensor::from_dispatch(y)
 }
 
@@ -342,8 +351,9 @@ mod tests {
         for columns in [1, 3, 33, 128, 129, 384, 768, 1600, 4096, 8191, 8192] {
             for f16 in [false, true] {
                 let kernels = [
-                    forward_kernel(columns, f16, false).0,
-                    forward_kernel(columns, f16, true).0,
+                    forward_kernel(columns, [f16; 2], false).0,
+                    forward_kernel(columns, [f16; 2], true).0,
+                    forward_kernel(columns, [false, f16], true).0,
                     backward_kernel(columns, f16, false).0,
                     backward_kernel(columns, f16, true).0,
                     sums_kernel(Lanes::of(columns)),

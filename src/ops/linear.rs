@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use self::product::{Product, sum_parts, sum_parts_kernel};
 use self::tiles::{Epilogue, Layout, has_slopes};
 use super::dropout::{Dropout, DropoutOps};
-use super::{Optional, gradient_scale};
+use super::{Optional, gradient_scale, hold};
 use crate::cpu::{
     self,
     product::{Matrix, MatrixMut, product, product_of},
@@ -35,7 +35,8 @@ pub enum Gelu {
 pub(crate) const TANH_SCALE: f64 = 0.797_884_560_802_865_4;
 pub(crate) const TANH_CUBIC: f64 = 0.044_715;
 
-/// y = x Wᵀ + b and its three gradients. W is (out, in), row-major.
+/// y = x Wᵀ + b and its three gradients. W is (out, in), row-major. Results are of the type of what they are made from, gradients of
+/// weights and biases f32. A dy that is `held` times itself is f16, as its other factor may be, and what is made of it f32.
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait LinearOps: DropoutOps {
     /// x (..., K), w (N, K), b (N) -> (..., N).
@@ -48,41 +49,48 @@ pub trait LinearOps: DropoutOps {
     }
 
     /// dx (..., K) = dy (..., N) · w (N, K).
-    fn linear_dx(dy: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        composed::dx::<Self>(dy, w)
+    fn linear_dx(dy: FloatTensor<Self>, w: FloatTensor<Self>, held: Option<f32>) -> FloatTensor<Self> {
+        composed::dx::<Self>(dy, w, held)
     }
 
     /// dw (N, K) = dyᵀ · x over all rows.
-    fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
-        composed::dw::<Self>(dy, x)
+    fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>, held: Option<f32>) -> FloatTensor<Self> {
+        composed::dw::<Self>(dy, x, held)
     }
 
     /// db (N) = sum of dy over all rows.
-    fn linear_db(dy: FloatTensor<Self>) -> FloatTensor<Self> {
-        composed::db::<Self>(dy)
+    fn linear_db(dy: FloatTensor<Self>, held: Option<f32>) -> FloatTensor<Self> {
+        composed::db::<Self>(dy, held)
     }
 
-    /// h = x Wᵀ + b, y = gelu(h). Returns (y, h): the backward needs h.
+    /// h = x Wᵀ + b, y = gelu(h). Returns (y, h): the backward needs h. It is of x's type, or f32 where `whole`.
     fn linear_gelu(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         #[extension_type] b: Optional<Self>,
         gelu: Gelu,
+        whole: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        composed::gelu::<Self>(x, w, b, gelu)
+        composed::gelu::<Self>(x, w, b, gelu, whole)
     }
 
-    /// dh = dy · gelu'(h).
-    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
-        composed::gelu_dh::<Self>(dy, h, gelu)
+    /// dh = dy · gelu'(h), `held` times itself in f16 or of h's type.
+    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu, held: Option<f32>) -> FloatTensor<Self> {
+        hold::<Self>(composed::gelu_dh::<Self>(dy, h, gelu), held)
     }
 
-    /// dh (..., K) = (dy (..., N) · w (N, K)) · gelu'(h (..., K)): through a layer whose input is gelu(h).
-    fn linear_dh(dy: FloatTensor<Self>, w: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
-        Self::gelu_dh(Self::linear_dx(dy, w), h, gelu)
+    /// dh (..., K) = (dy (..., N) · w (N, K)) · gelu'(h (..., K)): through a layer whose input is gelu(h). Where dy is held, dh is too.
+    fn linear_dh(
+        dy: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        h: FloatTensor<Self>,
+        gelu: Gelu,
+        held: Option<f32>,
+    ) -> FloatTensor<Self> {
+        Self::gelu_dh(Self::linear_dx(dy, w, held), h, gelu, held)
     }
 
-    /// y = residual + dropout(x Wᵀ + b).
+    /// y = residual + dropout(x Wᵀ + b), of the residual's type.
     fn linear_residual(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
@@ -118,9 +126,9 @@ impl LinearOps for Flex {
         cpu_forward(x, w, b)
     }
 
-    fn linear_dx(dy: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn linear_dx(dy: FloatTensor<Self>, w: FloatTensor<Self>, held: Option<f32>) -> FloatTensor<Self> {
         if !cpu::serves(&[&dy, &w]) {
-            return composed::dx::<Self>(dy, w);
+            return composed::dx::<Self>(dy, w, held);
         }
         let (dy, w) = (cpu::contiguous(dy), cpu::contiguous(w));
         let ([rows, outputs], [_, inputs]) = (cpu::matrix(&dy), cpu::matrix(&w));
@@ -129,9 +137,9 @@ impl LinearOps for Flex {
         cpu::tensor(product_of(dys, ws), cpu::with_columns(&dy, inputs))
     }
 
-    fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>, held: Option<f32>) -> FloatTensor<Self> {
         if !cpu::serves(&[&dy, &x]) {
-            return composed::dw::<Self>(dy, x);
+            return composed::dw::<Self>(dy, x, held);
         }
         let (dy, x) = (cpu::contiguous(dy), cpu::contiguous(x));
         let ([rows, outputs], [_, inputs]) = (cpu::matrix(&dy), cpu::matrix(&x));
@@ -139,9 +147,9 @@ impl LinearOps for Flex {
         cpu::tensor(product_of(dys.t(), xs), Shape::new([outputs, inputs]))
     }
 
-    fn linear_db(dy: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn linear_db(dy: FloatTensor<Self>, held: Option<f32>) -> FloatTensor<Self> {
         if !cpu::serves(&[&dy]) {
-            return composed::db::<Self>(dy);
+            return composed::db::<Self>(dy, held);
         }
         let dy = cpu::contiguous(dy);
         let [_, outputs] = cpu::matrix(&dy);
@@ -153,17 +161,18 @@ impl LinearOps for Flex {
         w: FloatTensor<Self>,
         b: Optional<Self>,
         gelu: Gelu,
+        whole: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         if !cpu::serves(&[&x, &w]) {
-            return composed::gelu::<Self>(x, w, b, gelu);
+            return composed::gelu::<Self>(x, w, b, gelu, whole);
         }
         let h = cpu_forward(x, w, b);
         (cpu::tensor(cpu::elementwise::gelu_of(cpu::values(&h), gelu), h.shape()), h)
     }
 
-    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
-        if !cpu::serves(&[&dy, &h]) {
-            return composed::gelu_dh::<Self>(dy, h, gelu);
+    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu, held: Option<f32>) -> FloatTensor<Self> {
+        if held.is_some() || !cpu::serves(&[&dy, &h]) {
+            return hold::<Self>(composed::gelu_dh::<Self>(dy, h, gelu), held);
         }
         let (mut dh, h) = (cpu::own(dy), cpu::contiguous(h));
         cpu::elementwise::times_gelu_slope(dh.storage_mut::<f32>(), cpu::values(&h), gelu);
@@ -189,11 +198,11 @@ impl LinearOps for Flex {
 }
 
 /// A tensor (..., columns) with the leading dimensions of `like`.
-fn empty_with_columns(like: &CubeTensor, columns: usize) -> CubeTensor {
+fn empty_with_columns(like: &CubeTensor, columns: usize, dtype: DType) -> CubeTensor {
     let mut shape = like.meta.shape().clone();
     let last = shape.num_dims() - 1;
     shape[last] = columns;
-    kernel::empty(like, shape)
+    kernel::empty_of(like, shape, dtype)
 }
 
 /// The type of a kernel's elements, as its header begins.
@@ -215,14 +224,19 @@ fn make_column_sum(f16: bool) -> Kernel {
     Kernel::new("column_sum", header, vec![include_str!("../../wgsl/column_sum.wgsl")], (64, 1, 1))
 }
 
-/// The kernel of GELU's gradient, four elements an invocation.
-pub fn gelu_gradient_kernel(gelu: Gelu, f16: bool) -> Kernel {
-    static MADE: Made<(Gelu, bool)> = Made::new();
+/// The kernel of GELU's gradient, given and made in f16 (or f32), four elements an invocation.
+pub fn gelu_gradient_kernel(gelu: Gelu, f16: [bool; 2]) -> Kernel {
+    static MADE: Made<(Gelu, [bool; 2])> = Made::new();
     MADE.get((gelu, f16), |&(gelu, f16)| make_gelu_gradient(gelu, f16))
 }
 
-fn make_gelu_gradient(gelu: Gelu, f16: bool) -> Kernel {
-    let header = format!("{}const GELU_TANH: bool = {};\n", elem(f16), gelu == Gelu::Tanh);
+fn make_gelu_gradient(gelu: Gelu, f16: [bool; 2]) -> Kernel {
+    let enable = if f16.contains(&true) { "enable f16;\n" } else { "" };
+    let [given, made] = f16.map(|f16| if f16 { "f16" } else { "f32" });
+    let header = format!(
+        "{enable}alias elem = {given};\nalias out_elem = {made};\nconst GELU_TANH: bool = {};\n",
+        gelu == Gelu::Tanh
+    );
     let files = vec![include_str!("../../wgsl/gelu.wgsl"), include_str!("../../wgsl/gelu_gradient.wgsl")];
     Kernel::new("gelu_gradient", header, files, (256, 1, 1))
 }
@@ -232,7 +246,9 @@ pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
     let mut kernels = tiles::kernels(capabilities);
     for f16 in [false, true] {
         kernels.push(column_sum_kernel(f16));
-        kernels.extend([Gelu::Erf, Gelu::Tanh].map(|gelu| gelu_gradient_kernel(gelu, f16)));
+    }
+    for gelu in [Gelu::Erf, Gelu::Tanh] {
+        kernels.extend([[false; 2], [true; 2], [false, true]].map(|f16| gelu_gradient_kernel(gelu, f16)));
     }
     for elements in [1, 4] {
         kernels.extend([false, true].map(|accumulate| sum_parts_kernel(elements, accumulate, false).0));
@@ -241,7 +257,7 @@ pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
     kernels
 }
 
-/// epilogue(x wᵀ + b) into a new tensor.
+/// epilogue(x wᵀ + b) into a new tensor, of extra's type where that is read, else of x's.
 fn layer(
     variant: Variant,
     x: &CubeTensor,
@@ -257,26 +273,31 @@ fn layer(
         Optional::Present(b) => Some(into_contiguous(b)),
         Optional::Absent => None,
     };
-    let y = empty_with_columns(x, n);
+    let dtype = match (epilogue, extra) {
+        (Epilogue::Residual { .. }, Some(residual)) => residual.dtype,
+        _ => x.dtype,
+    };
+    let y = empty_with_columns(x, n, dtype);
     let product =
         Product { epilogue, bias: bias.as_ref(), extra, dropout, ..Product::plain(Layout::Nt, x, &w, m, n, k) };
     product.launch(variant, &y);
     y
 }
 
-/// epilogue(dy w) into a new tensor.
+/// epilogue(dy w) into a new tensor. Where dy is `held` times itself, in f16, dx is f32 and without that factor.
 fn input_gradient(
     variant: Variant,
     dy: CubeTensor,
     w: CubeTensor,
-    epilogue: Epilogue,
-    extra: Option<&CubeTensor>,
+    (epilogue, extra): (Epilogue, Option<&CubeTensor>),
+    held: Option<f32>,
 ) -> CubeTensor {
     let (dy, w) = (into_contiguous(dy), into_contiguous(w));
     let ((rows, outputs), inputs) = (matrix(&dy), w.meta.shape()[1]);
-    let dx = empty_with_columns(&dy, inputs);
+    let dx = empty_with_columns(&dy, inputs, if held.is_some() { DType::F32 } else { dy.dtype });
     let product = Product::plain(Layout::Nn, &dy, &w, rows, inputs, outputs);
-    Product { scale: gradient_scale(&dy, rows), epilogue, extra, ..product }.launch(variant, &dx);
+    let (scale, is_held) = (held.unwrap_or_else(|| gradient_scale(&dy, rows)), held.is_some());
+    Product { scale, is_held, epilogue, extra, ..product }.launch(variant, &dx);
     dx
 }
 
@@ -288,36 +309,43 @@ impl LinearOps for CubeBackend {
         layer(variant, &into_contiguous(x), w, b, Epilogue::Plain, None, Dropout::OFF)
     }
 
-    fn linear_dx(dy: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn linear_dx(dy: FloatTensor<Self>, w: FloatTensor<Self>, held: Option<f32>) -> FloatTensor<Self> {
         let Some(variant) = kernel::variant(&dy) else {
-            return composed::dx::<Self>(dy, w);
+            return composed::dx::<Self>(dy, w, held);
         };
-        input_gradient(variant, dy, w, Epilogue::Plain, None)
+        input_gradient(variant, dy, w, (Epilogue::Plain, None), held)
     }
 
-    fn linear_dh(dy: FloatTensor<Self>, w: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
+    fn linear_dh(
+        dy: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        h: FloatTensor<Self>,
+        gelu: Gelu,
+        held: Option<f32>,
+    ) -> FloatTensor<Self> {
         let Some(variant) = kernel::variant(&dy).filter(|&variant| has_slopes(variant)) else {
-            return Self::gelu_dh(Self::linear_dx(dy, w), h, gelu);
+            return Self::gelu_dh(Self::linear_dx(dy, w, held), h, gelu, held);
         };
         let epilogue = Epilogue::GeluSlope { tanh: gelu == Gelu::Tanh };
-        input_gradient(variant, dy, w, epilogue, Some(&into_contiguous(h)))
+        input_gradient(variant, dy, w, (epilogue, Some(&into_contiguous(h))), None)
     }
 
-    fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn linear_dw(dy: FloatTensor<Self>, x: FloatTensor<Self>, held: Option<f32>) -> FloatTensor<Self> {
         let Some(variant) = kernel::variant(&dy) else {
-            return composed::dw::<Self>(dy, x);
+            return composed::dw::<Self>(dy, x, held);
         };
         let (dy, x) = (into_contiguous(dy), into_contiguous(x));
         let ((rows, outputs), (_, inputs)) = (matrix(&dy), matrix(&x));
         let dw = kernel::empty_of(&dy, Shape::new([outputs, inputs]), DType::F32);
+        let (scale, is_held) = (held.unwrap_or_else(|| gradient_scale(&dy, rows)), held.is_some());
         let product = Product::plain(Layout::Tn, &dy, &x, outputs, inputs, rows);
-        Product { scale: gradient_scale(&dy, rows), ..product }.launch_tall(variant, &dw, false);
+        Product { scale, is_held, ..product }.launch_tall(variant, &dw, false);
         dw
     }
 
-    fn linear_db(dy: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn linear_db(dy: FloatTensor<Self>, held: Option<f32>) -> FloatTensor<Self> {
         if kernel::variant(&dy).is_none() {
-            return composed::db::<Self>(dy);
+            return composed::db::<Self>(dy, held);
         }
         let dy = into_contiguous(dy);
         let (rows, columns) = matrix(&dy);
@@ -325,7 +353,8 @@ impl LinearOps for CubeBackend {
         let parts = kernel::empty_of(&dy, Shape::new([blocks, columns]), DType::F32);
         let groups = blocks * columns.div_ceil(64);
         let kernel = column_sum_kernel(dy.dtype == DType::F16);
-        kernel.launch(fold(groups as u32), &[&dy, &parts], &[rows as u32, columns as u32]);
+        let factor = held.map_or(1.0, f32::recip);
+        kernel.launch(fold(groups as u32), &[&dy, &parts], &[rows as u32, columns as u32, factor.to_bits()]);
         let db = kernel::empty_of(&dy, Shape::new([columns]), DType::F32);
         sum_parts(&parts, blocks, &db, false);
         db
@@ -336,30 +365,32 @@ impl LinearOps for CubeBackend {
         w: FloatTensor<Self>,
         b: Optional<Self>,
         gelu: Gelu,
+        whole: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let Some(variant) = kernel::variant(&x) else {
-            return composed::gelu::<Self>(x, w, b, gelu);
+            return composed::gelu::<Self>(x, w, b, gelu, whole);
         };
         let x = into_contiguous(x);
-        let h = empty_with_columns(&x, w.meta.shape()[0]);
+        let h = empty_with_columns(&x, w.meta.shape()[0], if whole { DType::F32 } else { x.dtype });
         let epilogue = Epilogue::Gelu { tanh: gelu == Gelu::Tanh };
         let y = layer(variant, &x, w, b, epilogue, Some(&h), Dropout::OFF);
         (y, h)
     }
 
-    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu) -> FloatTensor<Self> {
+    fn gelu_dh(dy: FloatTensor<Self>, h: FloatTensor<Self>, gelu: Gelu, held: Option<f32>) -> FloatTensor<Self> {
         let elements = h.meta.shape().num_elements();
         if kernel::variant(&dy).is_none() || !elements.is_multiple_of(4) {
             // In f32: the square of h leaves f16 from 256 on.
             let dtype = dy.dtype.into();
             let [dy, h] = [dy, h].map(|tensor| Self::float_cast(tensor, FloatDType::F32));
-            return Self::float_cast(composed::gelu_dh::<Self>(dy, h, gelu), dtype);
+            return hold::<Self>(Self::float_cast(composed::gelu_dh::<Self>(dy, h, gelu), dtype), held);
         }
         let (dy, h) = (into_contiguous(dy), into_contiguous(h));
-        let dh = kernel::empty_like(&h);
+        let dh = kernel::empty_of(&h, h.meta.shape().clone(), if held.is_some() { DType::F16 } else { h.dtype });
         let groups = (elements / 4).div_ceil(256);
-        let kernel = gelu_gradient_kernel(gelu, h.dtype == DType::F16);
-        kernel.launch(fold(groups as u32), &[&dy, &h, &dh], &[(elements / 4) as u32]);
+        let kernel = gelu_gradient_kernel(gelu, [&h, &dh].map(|tensor| tensor.dtype == DType::F16));
+        let factor = held.unwrap_or(1.0);
+        kernel.launch(fold(groups as u32), &[&dy, &h, &dh], &[(elements / 4) as u32, factor.to_bits()]);
         dh
     }
 
@@ -390,7 +421,8 @@ pub fn linear<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>) 
 
 /// gelu(x wᵀ + b): x (..., K), w (N, K), b (N) -> (..., N).
 pub fn linear_gelu<const D: usize>(x: Tensor<D>, w: Tensor<2>, b: Option<Tensor<1>>, gelu: Gelu) -> Tensor<D> {
-    let (y, _) = <Dispatch as LinearOps>::linear_gelu(x.into_dispatch(), w.into_dispatch(), Optional::of(b), gelu);
+    let (y, _) =
+        <Dispatch as LinearOps>::linear_gelu(x.into_dispatch(), w.into_dispatch(), Optional::of(b), gelu, false);
     Tensor::from_dispatch(y)
 }
 

@@ -6,8 +6,8 @@ use crate::ops::layer_norm::BACKWARD_GROUPS;
 use crate::ops::linear::{BLOCK_ROWS, tiles::has_slopes};
 
 impl Replayer<'_> {
-    /// dw (and db) of a linear layer.
-    fn weight_gradient(&mut self, outputs: u64, inputs: u64) {
+    /// dw (and db) of a linear layer whose input and whose output's gradient are both f16, or not.
+    fn weight_gradient(&mut self, outputs: u64, inputs: u64, f16: bool) {
         if self.shape.gpt.bias {
             let block = if self.loops().is_some() { cpu::BLOCK_ROWS } else { BLOCK_ROWS };
             let parts = self.rows().div_ceil(block as u64) * outputs * F32;
@@ -18,7 +18,7 @@ impl Replayer<'_> {
         }
         let dw = self.take(Use::Gradients, "a weight's gradient", outputs * inputs * F32);
         self.gradients.push(dw);
-        self.parts(outputs, inputs, self.rows(), false);
+        self.parts([outputs, inputs, self.rows()], f16, false);
         self.pack(outputs, inputs, self.rows());
     }
 
@@ -82,8 +82,11 @@ impl Replayer<'_> {
 
     /// dx of a residual layer `inputs` C -> C whose input is `x`, or is kept longer by somebody else.
     fn residual_backward(&mut self, inputs: u64, x: Option<Buffer>) -> Buffer {
-        let dropped = self.shape.dropout.then(|| self.cotangent("x", 1));
-        self.weight_gradient(self.channels(), inputs * self.channels());
+        let is_copied = self.shape.dropout || self.is_mixed();
+        let dropped = is_copied.then(|| self.rounded_cotangent("x", 1));
+        // The heads, which somebody else keeps, are f32 where anything is.
+        let f16 = self.shape.f16 || (self.is_mixed() && x.is_some());
+        self.weight_gradient(self.channels(), inputs * self.channels(), f16);
         self.give_all(x);
         let dx = self.cotangent("the MLP's hidden layer", inputs);
         self.give_all(dropped);
@@ -93,7 +96,7 @@ impl Replayer<'_> {
     /// dnormed, then the norm, added to what came past the half.
     fn input_backward(&mut self, dy: Buffer, dh: Buffer, outputs: u64, half: (Buffer, [Buffer; 2], Buffer)) -> Buffer {
         let (x, stats, normed) = half;
-        self.weight_gradient(outputs * self.channels(), self.channels());
+        self.weight_gradient(outputs * self.channels(), self.channels(), self.shape.f16 || self.is_mixed());
         self.give(normed);
         let dnormed = self.cotangent("x", 1);
         self.give(dh);
@@ -122,7 +125,7 @@ impl Replayer<'_> {
         let dh = if self.takes_slope_along() {
             dhidden
         } else {
-            let dh = self.cotangent("the MLP's hidden layer", 4);
+            let dh = self.rounded_cotangent("the MLP's hidden layer", 4);
             self.give(dhidden);
             dh
         };
@@ -139,7 +142,7 @@ impl Replayer<'_> {
         if self.is_composed() {
             self.scores(6);
         }
-        let dqkv = self.cotangent("qkv", 3);
+        let dqkv = self.rounded_cotangent("qkv", 3);
         self.blocks_of_scores(if self.shape.dropout { 3 } else { 2 });
         self.give_all(half.inside.into_iter().chain([dout]).chain(delta));
         self.input_backward(dy, dqkv, 3, (half.x, half.stats, half.normed))

@@ -36,9 +36,9 @@ impl Replayer<'_> {
     }
 
     pub(super) fn attention(&mut self, x: Buffer) -> (Buffer, Half) {
-        let normed = self.activation("x", 1);
+        let normed = self.rounded("x", 1);
         let stats = self.stats();
-        let qkv = self.activation("qkv", 3);
+        let qkv = self.rounded("qkv", 3);
         if self.is_composed() {
             self.scores(4);
         }
@@ -50,9 +50,9 @@ impl Replayer<'_> {
     }
 
     pub(super) fn mlp(&mut self, x: Buffer) -> (Buffer, Half) {
-        let normed = self.activation("x", 1);
+        let normed = self.rounded("x", 1);
         let stats = self.stats();
-        let inside = vec![self.activation("the MLP's hidden layer", 4), self.activation("the MLP's hidden layer", 4)];
+        let inside = vec![self.activation("the MLP's hidden layer", 4), self.rounded("the MLP's hidden layer", 4)];
         let y = self.activation("x", 1);
         (y, Half { x, stats, normed, inside })
     }
@@ -89,8 +89,8 @@ impl Replayer<'_> {
                 self.give_all(steps);
             }
             if gradients {
-                self.parts(here, c, vocab, false);
-                self.parts(vocab, c, here, start > 0);
+                self.parts([here, c, vocab], self.shape.f16, false);
+                self.parts([vocab, c, here], self.shape.f16, start > 0);
                 self.pack(vocab, c, here);
             }
         }
@@ -108,12 +108,12 @@ impl Replayer<'_> {
         (chunk.min(rows) as u64, stride as u64)
     }
 
-    /// The parts of a product (m, n) over k that is split. A whole one is added where it is made, but by Burn's primitives.
-    pub(super) fn parts(&mut self, m: u64, n: u64, k: u64, accumulate: bool) {
+    /// The parts of a product (m, n) over k that is split, of two factors in f16 or not. A whole one is added where it is made, but by Burn's primitives.
+    pub(super) fn parts(&mut self, [m, n, k]: [u64; 3], f16: bool, accumulate: bool) {
         let count = match self.shape.engine {
-            Engine::Kernels(variant) => *self.splits.entry([m, n, k]).or_insert_with(|| {
+            Engine::Kernels(variant) => *self.splits.entry(([m, n, k], f16)).or_insert_with(|| {
                 let sizes = [m, n, k].map(|size| size as usize);
-                let tile = tiles::choose(variant, self.shape.f16, sizes[0], sizes[1], true);
+                let tile = tiles::choose(variant, f16, sizes[0], sizes[1], true);
                 splits(variant, tile, sizes).0 as u64
             }),
             Engine::Composed => 1,

@@ -102,17 +102,18 @@ const fn coop(edge: u32, head_dim: usize, pass: Pass, dropout: bool) -> Coop {
 /// Score columns that a subgroup handles at a time in the backward.
 const SCORE_COLS: u32 = 16;
 
-/// One kernel of attention, and the rows that a workgroup of it owns. `few_registers` concerns the scalar ones.
+/// One kernel of attention, and the rows that a workgroup of it owns. `few_registers` concerns the scalar ones; `f16`: whether qkv (and its
+/// gradient), and whether out (or its gradient) is stored in f16.
 pub fn kernel(
     pass: Pass,
     variant: Variant,
     few_registers: bool,
     head_dim: usize,
-    f16_storage: bool,
+    f16: [bool; 2],
     dropout: bool,
 ) -> (Kernel, u32) {
-    static MADE: Made<(Pass, Variant, bool, usize, bool, bool)> = Made::new();
-    let make = |_: &_| make(pass, variant, few_registers, head_dim, f16_storage, dropout);
+    static MADE: Made<(Pass, Variant, bool, usize, [bool; 2], bool)> = Made::new();
+    let make = |_: &_| make(pass, variant, few_registers, head_dim, f16, dropout);
     let rows = match variant {
         Variant::Scalar => scalar(head_dim, pass, dropout, few_registers).rows(),
         Variant::Coop { edge, .. } => {
@@ -120,7 +121,7 @@ pub fn kernel(
             t.subgroups * t.row_blocks * edge
         }
     };
-    (MADE.get((pass, variant, few_registers, head_dim, f16_storage, dropout), make), rows)
+    (MADE.get((pass, variant, few_registers, head_dim, f16, dropout), make), rows)
 }
 
 fn make(
@@ -128,12 +129,12 @@ fn make(
     variant: Variant,
     few_registers: bool,
     head_dim: usize,
-    f16_storage: bool,
+    f16_storage: [bool; 2],
     dropout: bool,
 ) -> Kernel {
-    let elem = if f16_storage { "f16" } else { "f32" };
+    let elems = f16_storage.map(|f16| if f16 { "f16" } else { "f32" });
     let common =
-        format!("alias elem = {elem};\nconst DROPOUT: bool = {dropout};\nconst HEAD_DIM: u32 = {head_dim}u;\n");
+        format!("alias elem = {};\nconst DROPOUT: bool = {dropout};\nconst HEAD_DIM: u32 = {head_dim}u;\n", elems[0]);
     let philox = PHILOX;
     match variant {
         Variant::Scalar => {
@@ -144,7 +145,7 @@ fn make(
                 ("ROW_QUADS", t.row_quads),
                 ("SCORE_QUADS", t.score_quads),
             ];
-            let enable = if f16_storage { "enable f16;\n" } else { "" };
+            let enable = if f16_storage[0] { "enable f16;\n" } else { "" };
             let header = format!("{enable}{common}{}", declare(&constants));
             let products = include_str!("../../../wgsl/attention_scalar_products.wgsl");
             let (name, file) = match pass {
@@ -161,9 +162,9 @@ fn make(
             // The name of a tile's size depends on which side a workgroup owns.
             let other_name = if pass == Pass::Dkv { "BLOCK_Q" } else { "BLOCK_K" };
             let matrix = if f16 { "f16" } else { "f32" };
-            let needs_f16 = f16 || f16_storage;
+            let needs_f16 = f16 || f16_storage.contains(&true);
             // dK/dV of f32 tensors wants 32 queries a tile: half as many, and slower, conversions between barriers.
-            let other = if pass == Pass::Dkv && head_dim == 64 && edge == 16 && !f16_storage { 32 } else { t.other };
+            let other = if pass == Pass::Dkv && head_dim == 64 && edge == 16 && !f16_storage[0] { 32 } else { t.other };
             let mut constants = vec![
                 ("EDGE", edge),
                 ("SUBGROUP_SIZE", SUBGROUP_SIZE),
@@ -175,10 +176,11 @@ fn make(
                 constants.push(("SCORE_COLS", SCORE_COLS));
             }
             let header = format!(
-                "{}enable wgpu_cooperative_matrix;\n{common}alias mat_elem = {matrix};\n\
+                "{}enable wgpu_cooperative_matrix;\n{common}alias out_elem = {};\nalias mat_elem = {matrix};\n\
                  alias mat_a = coop_mat{edge}x{edge}<{matrix}, A>;\nalias mat_b = coop_mat{edge}x{edge}<{matrix}, B>;\n\
                  alias mat_c = coop_mat{edge}x{edge}<f32, C>;\n{}",
                 if needs_f16 { "enable f16;\n" } else { "" },
+                elems[1],
                 declare(&constants)
             );
             let memory = include_str!("../../../wgsl/attention_coop_memory.wgsl");
@@ -201,8 +203,11 @@ pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
             for variant in supported(capabilities, f16_storage) {
                 for pass in [Pass::Forward, Pass::Dq, Pass::Dkv] {
                     let few = capabilities.few_registers;
-                    let kernel = |dropout| kernel(pass, variant, few, head_dim, f16_storage, dropout).0;
-                    kernels.extend([false, true].map(kernel));
+                    let kernel = |out, dropout| kernel(pass, variant, few, head_dim, [f16_storage, out], dropout).0;
+                    kernels.extend([false, true].map(|dropout| kernel(f16_storage, dropout)));
+                    if f16_storage && variant.rounds_f32() {
+                        kernels.extend([false, true].map(|dropout| kernel(false, dropout))); // inside of half a block
+                    }
                 }
             }
             if !f16_storage || capabilities.f16 {
@@ -241,13 +246,14 @@ mod tests {
         for variant in variants {
             for head_dim in HEAD_DIMS {
                 for pass in [Pass::Forward, Pass::Dq, Pass::Dkv] {
-                    for (f16, dropout) in [(false, false), (false, true), (true, false), (true, true)] {
-                        if f16 && variant == (Variant::Coop { edge: 8, f16: false }) {
-                            continue; // never selected: f16 tensors take f16 matrices
+                    let types = [[false; 2], [true; 2], [true, false]];
+                    for (f16, dropout) in types.into_iter().flat_map(|f16| [(f16, false), (f16, true)]) {
+                        if f16[0] && (!variant.rounds_f32() && (variant != Variant::Scalar || !f16[1])) {
+                            continue; // never selected: f16 tensors take f16 matrices, and mixed ones none but those
                         }
                         for few_registers in [false, true] {
                             let (kernel, _) = kernel(pass, variant, few_registers, head_dim, f16, dropout);
-                            let what = format!("{pass:?} {variant:?} D {head_dim} f16 {f16}");
+                            let what = format!("{pass:?} {variant:?} D {head_dim} f16 {f16:?}");
                             let bytes = kernel.workgroup_memory().unwrap_or_else(|error| panic!("{what}: {error}"));
                             assert!(bytes <= 32 << 10, "{what}: {bytes} bytes of workgroup memory");
                         }

@@ -7,7 +7,7 @@ use burn::tensor::Shape;
 
 use super::{Gelu, TANH_CUBIC, TANH_SCALE};
 use crate::ops::dropout::{Dropout, DropoutOps};
-use crate::ops::{Optional, flatten};
+use crate::ops::{Optional, flatten, release, widen};
 
 pub(super) fn forward<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>, b: Optional<B>) -> FloatTensor<B> {
     let mut shape = x.shape();
@@ -22,18 +22,21 @@ pub(super) fn forward<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>, b: Optio
     B::float_reshape(y, shape)
 }
 
-pub(super) fn dx<B: Backend>(dy: FloatTensor<B>, w: FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn dx<B: Backend>(dy: FloatTensor<B>, w: FloatTensor<B>, held: Option<f32>) -> FloatTensor<B> {
+    let (dy, w) = (release::<B>(dy, held), widen::<B>(w, held.is_some()));
     let mut shape = dy.shape();
     let last = shape.num_dims() - 1;
     shape[last] = w.shape()[1];
     B::float_reshape(B::float_matmul(flatten::<B>(dy), w), shape)
 }
 
-pub(super) fn dw<B: Backend>(dy: FloatTensor<B>, x: FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn dw<B: Backend>(dy: FloatTensor<B>, x: FloatTensor<B>, held: Option<f32>) -> FloatTensor<B> {
+    let (dy, x) = (release::<B>(dy, held), widen::<B>(x, held.is_some()));
     B::float_matmul(B::float_transpose(flatten::<B>(dy)), flatten::<B>(x))
 }
 
-pub(super) fn db<B: Backend>(dy: FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn db<B: Backend>(dy: FloatTensor<B>, held: Option<f32>) -> FloatTensor<B> {
+    let dy = release::<B>(dy, held);
     let outputs = dy.shape()[dy.shape().num_dims() - 1];
     B::float_reshape(B::float_sum_dim(flatten::<B>(dy), 0), Shape::new([outputs]))
 }
@@ -43,8 +46,10 @@ pub(super) fn gelu<B: Backend>(
     w: FloatTensor<B>,
     b: Optional<B>,
     gelu: Gelu,
+    whole: bool,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let h = forward::<B>(x, w, b);
+    let dtype = x.dtype();
+    let h = forward::<B>(widen::<B>(x, whole), widen::<B>(w, whole), b);
     let y = match gelu {
         Gelu::Erf => B::gelu(h.clone()),
         Gelu::Tanh => {
@@ -53,7 +58,7 @@ pub(super) fn gelu<B: Backend>(
             B::float_mul(half, B::float_add_scalar(tanh, 1.0.into()))
         }
     };
-    (y, h)
+    (if whole { B::float_cast(y, dtype.into()) } else { y }, h)
 }
 
 pub(super) fn residual<B: DropoutOps>(
@@ -63,8 +68,9 @@ pub(super) fn residual<B: DropoutOps>(
     residual: FloatTensor<B>,
     dropout: Dropout,
 ) -> FloatTensor<B> {
-    let y = forward::<B>(x, w, b);
-    let y = if dropout.is_on() { B::dropout(y, dropout) } else { y };
+    let whole = residual.dtype() != x.dtype();
+    let y = forward::<B>(widen::<B>(x, whole), widen::<B>(w, whole), b);
+    let y = if dropout.is_on() { B::dropout(y, dropout, None) } else { y };
     B::float_add(residual, y)
 }
 

@@ -42,22 +42,22 @@ impl<B: LinearOps, const N: usize> Backward<B, N> for LinearBackward<N> {
         let dy = grads.consume::<B>(&ops.node);
         let dy = match after {
             After::None => dy,
-            After::Gelu(gelu, h) => B::gelu_dh(dy, h, gelu), // y = gelu(h)  =>  dh = dy gelu'(h)
+            After::Gelu(gelu, h) => B::gelu_dh(dy, h, gelu, None), // y = gelu(h)  =>  dh = dy gelu'(h)
             After::Residual(dropout) => {
                 if let Some(residual) = &ops.parents[2 + usize::from(has_bias)] {
                     grads.register::<B>(residual.id, dy.clone()); // y = residual + ...
                 }
-                if dropout.is_on() { B::dropout(dy, dropout) } else { dy }
+                if dropout.is_on() { B::dropout(dy, dropout, None) } else { dy }
             }
         };
         if has_bias && let Some(b) = &ops.parents[2] {
-            grads.register::<B>(b.id, B::linear_db(dy.clone())); // h = ... + b  =>  db = Σ dh
+            grads.register::<B>(b.id, B::linear_db(dy.clone(), None)); // h = ... + b  =>  db = Σ dh
         }
         if let Some(node) = &ops.parents[1] {
-            grads.register::<B>(node.id, B::linear_dw(dy.clone(), x)); // h = x wᵀ  =>  dw = dhᵀ x
+            grads.register::<B>(node.id, B::linear_dw(dy.clone(), x, None)); // h = x wᵀ  =>  dw = dhᵀ x
         }
         if let Some(node) = &ops.parents[0] {
-            grads.register::<B>(node.id, B::linear_dx(dy, w)); // h = x wᵀ  =>  dx = dh w
+            grads.register::<B>(node.id, B::linear_dx(dy, w, None)); // h = x wᵀ  =>  dx = dh w
         }
     }
 }
@@ -96,9 +96,10 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
         w: FloatTensor<Self>,
         b: Optional<Self>,
         gelu: Gelu,
+        whole: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (xi, wi, bi) = inner::<B, C>(&x, &w, &b);
-        let (y, h) = B::linear_gelu(xi.clone(), wi.clone(), bi, gelu);
+        let (y, h) = B::linear_gelu(xi.clone(), wi.clone(), bi, gelu, whole);
         let state = state(xi, wi, has_bias(&b), After::Gelu(gelu, h.clone()));
         let y = match b {
             Optional::Present(b) => record(

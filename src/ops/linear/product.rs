@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::tiles::{self, Access, Epilogue, Layout, Ragged, Spec, Tile, groups_at_a_time};
+use super::tiles::{self, Access, Epilogue, Factor, Layout, Ragged, Spec, Tile, groups_at_a_time};
 use crate::kernel::lanes::Lanes;
 use crate::kernel::{self, Kernel, Variant, Work, fold};
 use crate::ops::dropout::Dropout;
@@ -42,6 +42,8 @@ pub struct Product<'a> {
     pub strides: [usize; 3],
     /// What A is multiplied by before it is rounded to f16, and the sums divided by; 1 changes nothing.
     pub scale: f32,
+    /// Whether A is stored times `scale`, so that only the sums are divided.
+    pub is_held: bool,
     /// What follows the sums.
     pub epilogue: Epilogue,
     /// Added to every row (N), f32.
@@ -61,12 +63,18 @@ impl<'a> Product<'a> {
             Layout::Tn => [m, n, n],
         };
         let (scale, epilogue, dropout) = (1.0, Epilogue::Plain, Dropout::OFF);
-        Self { layout, a, b, m, n, k, strides, scale, epilogue, bias: None, extra: None, dropout }
+        let is_held = false;
+        Self { layout, a, b, m, n, k, strides, scale, is_held, epilogue, bias: None, extra: None, dropout }
+    }
+
+    /// Whether both factors are f16.
+    fn is_f16(&self) -> bool {
+        [self.a, self.b].iter().all(|factor| factor.dtype == DType::F16)
     }
 
     /// Queues the product into `out`, M rows of `strides[2]` elements.
     pub fn launch(&self, variant: Variant, out: &CubeTensor) {
-        let tile = tiles::choose(variant, self.a.dtype == DType::F16, self.m, self.n, false);
+        let tile = tiles::choose(variant, self.is_f16(), self.m, self.n, false);
         self.launch_split(variant, tile, self.k, out);
     }
 
@@ -74,7 +82,7 @@ impl<'a> Product<'a> {
     /// gradient, or what comes back through a head. The parts are added in a fixed order. `accumulate` adds to what
     /// `out` (f32, without padding) holds. Nothing else follows the sums.
     pub fn launch_tall(&self, variant: Variant, out: &CubeTensor, accumulate: bool) {
-        let tile = tiles::choose(variant, self.a.dtype == DType::F16, self.m, self.n, true);
+        let tile = tiles::choose(variant, self.is_f16(), self.m, self.n, true);
         let (splits, k_split) = splits(variant, tile, [self.m, self.n, self.k]);
         if splits <= 1 {
             let epilogue = if accumulate { Epilogue::Added } else { self.epilogue };
@@ -95,9 +103,10 @@ impl<'a> Product<'a> {
             strides: self.strides,
             k_split,
             scale: self.scale,
+            is_held: self.is_held,
             epilogue: self.epilogue,
             bias: self.bias.is_some(),
-            f16: [f16(self.a), f16(self.b), f16(out)],
+            f16: [f16(self.a), f16(self.b), f16(out), f16(self.extra.unwrap_or(out))],
             dropout: self.dropout,
         };
         if self.m * self.n == 0 {
@@ -142,19 +151,26 @@ pub struct Plan {
     pub k_split: usize,
     /// What A is multiplied by before it is rounded to f16.
     pub scale: f32,
+    /// Whether A is stored times `scale`.
+    pub is_held: bool,
     /// What follows the sums.
     pub epilogue: Epilogue,
     /// Whether there is a bias.
     pub bias: bool,
-    /// Whether A, B and out are f16.
-    pub f16: [bool; 3],
+    /// Whether A, B, out and the extra matrix (out again where there is none) are f16.
+    pub f16: [bool; 4],
     /// The residual epilogue's dropout.
     pub dropout: Dropout,
 }
 
 impl Plan {
-    fn is_scaled(&self) -> bool {
-        self.scale != 1.0 && self.variant.rounds_f32()
+    fn factor(&self) -> Factor {
+        match self.scale {
+            1.0 => Factor::One,
+            _ if self.is_held => Factor::Held,
+            _ if self.variant.rounds_f32() => Factor::Applied,
+            _ => Factor::One,
+        }
     }
 
     /// The kernel, with what it computes.
@@ -183,7 +199,7 @@ impl Plan {
             f16: self.f16,
             access,
             ragged,
-            scaled: self.is_scaled(),
+            factor: self.factor(),
             tile,
         };
         let epilogue = self.epilogue.name();
@@ -200,7 +216,7 @@ impl Plan {
     /// The words of linear_params.wgsl.
     pub fn params(&self) -> Vec<u32> {
         let ([m, n, k], strides) = (self.sizes, self.strides);
-        let scale = if self.is_scaled() { self.scale } else { 1.0 };
+        let scale = if self.factor() == Factor::One { 1.0 } else { self.scale };
         let (a_rows, b_rows) = match self.layout {
             Layout::Nt => (m, n),
             Layout::Nn => (m, k),
@@ -220,7 +236,7 @@ impl Plan {
 pub fn sum_parts_kernel(elements: usize, accumulate: bool, f16: bool) -> (Kernel, usize) {
     let lanes = Lanes::of(elements);
     let constants = format!("const ACCUMULATE: bool = {accumulate};\n");
-    let kernel = lanes.kernel("sum_parts", f16, &constants, &[include_str!("../../../wgsl/sum_parts.wgsl")], 256);
+    let kernel = lanes.kernel("sum_parts", [f16; 2], &constants, &[include_str!("../../../wgsl/sum_parts.wgsl")], 256);
     (kernel, elements / lanes.count.max(1))
 }
 

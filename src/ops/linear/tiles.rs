@@ -45,6 +45,11 @@ impl Epilogue {
         !matches!(self, Self::Plain | Self::Added)
     }
 
+    /// Whether what is stored depends on a matrix that is read.
+    fn is_fed(self) -> bool {
+        matches!(self, Self::Residual { .. } | Self::GeluSlope { .. } | Self::Added)
+    }
+
     /// What follows the sums, for profiles; empty where nothing does.
     pub fn name(self) -> &'static str {
         match self {
@@ -80,6 +85,17 @@ pub enum Access {
     Octs,
 }
 
+/// The factor on A, a power of two by which gradients are brought into f16's range. The sums are divided by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Factor {
+    /// None.
+    One,
+    /// A is multiplied by it before it is rounded for the matrices.
+    Applied,
+    /// A is stored times it.
+    Held,
+}
+
 /// Everything that makes one kernel's text differ from another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Spec {
@@ -91,14 +107,14 @@ pub struct Spec {
     pub epilogue: Epilogue,
     /// Whether a bias is added.
     pub bias: bool,
-    /// Whether A, B and out are stored in f16, else f32.
-    pub f16: [bool; 3],
+    /// Whether A, B, out and the epilogue's second matrix are stored in f16, else f32.
+    pub f16: [bool; 4],
     /// How storage is reached.
     pub access: Access,
     /// What is no multiple of the tile; everything by singles.
     pub ragged: Ragged,
-    /// Whether A is multiplied by a factor before it is rounded for the matrices.
-    pub scaled: bool,
+    /// The factor on A.
+    pub factor: Factor,
     /// The tile.
     pub tile: Tile,
 }
@@ -145,7 +161,7 @@ const PAIRED: Tile = tile(128, 128, 32, 2, 2, 0);
 /// of the time.
 const PAIRED_ROUND: (usize, usize) = (9, 5);
 
-/// The tile for a product of this shape with factors in f16 (or f32); `tall`: K is split over workgroups until the device is full.
+/// The tile for a product of this shape with both factors in f16 (or one in f32); `tall`: K is split over workgroups until the device is full.
 /// Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
 pub fn choose(variant: Variant, f16: bool, m: usize, n: usize, tall: bool) -> Tile {
     let rounds = |tile: Tile| tile.blocks(m, n).div_ceil(groups_at_a_time(variant, tile));
@@ -175,6 +191,12 @@ pub fn has_slopes(variant: Variant) -> bool {
 /// hides the time it takes, and a thread of [`DEEP`] has the registers for it in f16.
 fn extra_rows(tile: Tile, f16: bool) -> u32 {
     u32::from(f16 && tile == DEEP)
+}
+
+/// What the scalar kernel's quads change places by at the first k (wgsl/linear_scalar.wgsl). 1 is 1 to 3 % faster but where an input's gradient
+/// has nothing behind it: 0.713 ms instead of 0.640 at 8192 x 768 x 2304.
+fn first_shuffle(layout: Layout, epilogue: Epilogue) -> u32 {
+    u32::from((layout, epilogue) != (Layout::Nn, Epilogue::Plain))
 }
 
 /// Workgroups of a product that run at a time: where it multiplies on matrices, as many as 48 KB of workgroup memory a processor hold;
@@ -212,10 +234,10 @@ fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
                 layout: Layout::Nt,
                 epilogue: Epilogue::Plain,
                 bias: false,
-                f16: [f16; 3],
+                f16: [f16; 4],
                 access,
                 ragged,
-                scaled: false,
+                factor: Factor::One,
                 tile,
             };
             let forward = [
@@ -243,16 +265,45 @@ fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
                         (_, Epilogue::Plain) => &[false, true],
                         _ => &[true],
                     };
-                    kernels.extend(outputs.iter().map(|&out| kernel(&Spec { f16: [true, true, out], ..plain })));
+                    kernels.extend(outputs.iter().map(|&out| kernel(&Spec { f16: [true, true, out, out], ..plain })));
                 } else {
                     // A gradient of few rows is brought into f16's range by 1.
                     kernels.push(kernel(&plain));
-                    kernels.extend(variant.rounds_f32().then(|| kernel(&Spec { scaled: true, ..plain })));
+                    kernels.extend(variant.rounds_f32().then(|| kernel(&Spec { factor: Factor::Applied, ..plain })));
                 }
+            }
+            if variant.rounds_f32() {
+                kernels.extend(mixed(&plain).iter().map(kernel));
             }
         }
     }
     kernels
+}
+
+/// The products inside of half a block of f32 ([`held`](super::super::held)), by what is `plain` between tensors of f16, or of f32.
+fn mixed(plain: &Spec) -> Vec<Spec> {
+    let held = [Factor::One, Factor::Held]; // of few rows the factor is 1
+    if !plain.f16[0] {
+        // The heads are f32: attention's backward sums them.
+        return held
+            .map(|factor| Spec { layout: Layout::Tn, f16: [true, false, false, false], factor, ..*plain })
+            .into();
+    }
+    let forward = [
+        (Epilogue::Gelu { tanh: false }, true),
+        (Epilogue::Gelu { tanh: true }, true),
+        (Epilogue::Residual { dropout: false }, false),
+        (Epilogue::Residual { dropout: true }, false),
+    ];
+    let biased =
+        |(epilogue, out)| [false, true].map(|bias| Spec { epilogue, bias, f16: [true, true, out, false], ..*plain });
+    let backward = [Layout::Nn, Layout::Tn].map(|layout| Spec {
+        layout,
+        f16: [true, true, false, false],
+        factor: Factor::Held,
+        ..*plain
+    });
+    forward.into_iter().flat_map(biased).chain(backward).collect()
 }
 
 /// The kernel of `spec`.
@@ -262,7 +313,7 @@ pub fn kernel(spec: &Spec) -> Kernel {
 }
 
 fn make(spec: &Spec) -> Kernel {
-    let Spec { variant, layout, epilogue, bias, f16, access, ragged, scaled, tile } = *spec;
+    let Spec { variant, layout, epilogue, bias, f16, access, ragged, factor, tile } = *spec;
     let elem = |f16: bool| if f16 { "f16" } else { "f32" };
     // Bindings: A, B, out, then the bias, the extra matrix and the clock where there are any, then the parameters.
     let extra = 3 + u32::from(bias);
@@ -296,17 +347,25 @@ fn make(spec: &Spec) -> Kernel {
              alias mat_c = coop_mat{edge}x{edge}<f32, C>;\nconst EDGE: u32 = {edge}u;\n\
              const SUBGROUP_SIZE: u32 = {SUBGROUP_SIZE}u;\n\
              const SUBGROUP_ROWS: u32 = {}u;\nconst SUBGROUP_COLS: u32 = {}u;\nconst SCRATCH_PAD: u32 = {}u;\n\
-             const EXTRA_ROWS: u32 = {}u;\nconst A_SCALED: bool = {scaled};\n",
+             const EXTRA_ROWS: u32 = {}u;\nconst A_SCALED: bool = {};\n",
             tile.grid.0,
             tile.grid.1,
             tile.pad,
-            extra_rows(tile, spec.f16[2])
+            extra_rows(tile, spec.f16[3]),
+            factor == Factor::Applied
         );
     } else {
-        header += &format!("const THREAD_ROWS: u32 = {}u;\nconst THREAD_COLS: u32 = {}u;\n", tile.grid.0, tile.grid.1);
+        header += &format!(
+            "const THREAD_ROWS: u32 = {}u;\nconst THREAD_COLS: u32 = {}u;\nconst FIRST_SHUFFLE: u32 = {}u;\n\
+             const EXTRA_ROWS: u32 = {}u;\n",
+            tile.grid.0,
+            tile.grid.1,
+            first_shuffle(layout, epilogue),
+            if epilogue.is_fed() { 2 } else { 0 }
+        );
     }
     header += &format!(
-        "alias a_elem = {};\nalias b_elem = {};\nalias out_elem = {};\n\
+        "alias a_elem = {};\nalias b_elem = {};\nalias out_elem = {};\nalias extra_elem = {};\n\
          const BLOCK_M: u32 = {}u;\nconst BLOCK_N: u32 = {}u;\nconst BLOCK_K: u32 = {}u;\n\
          const A_BY_K: bool = {};\nconst B_BY_N: bool = {};\n\
          const RAGGED: bool = {};\nconst K_RAGGED: bool = {};\nconst IS_ONE: bool = {};\n\
@@ -315,6 +374,7 @@ fn make(spec: &Spec) -> Kernel {
         elem(f16[0]),
         elem(f16[1]),
         elem(f16[2]),
+        elem(f16[3]),
         tile.m,
         tile.n,
         tile.k,
@@ -322,7 +382,7 @@ fn make(spec: &Spec) -> Kernel {
         layout == Layout::Nt,
         ragged != Ragged::Nothing,
         ragged == Ragged::Sums,
-        !scaled && variant != Variant::Scalar,
+        factor == Factor::One && variant != Variant::Scalar,
     );
     let mut files = match epilogue {
         Epilogue::Gelu { .. } | Epilogue::GeluSlope { .. } => vec![include_str!("../../../wgsl/gelu.wgsl")],
@@ -349,6 +409,9 @@ fn make(spec: &Spec) -> Kernel {
         } else {
             include_str!("../../../wgsl/linear_extra_quads.wgsl")
         });
+    }
+    if epilogue.is_fed() && epilogue.has_extra() {
+        files.push(include_str!("../../../wgsl/linear_fetch.wgsl"));
     }
     files.push(match epilogue {
         Epilogue::Plain => include_str!("../../../wgsl/linear_plain.wgsl"),

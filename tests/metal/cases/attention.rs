@@ -25,6 +25,9 @@ pub fn cases() -> Vec<Case> {
             for dropout in [Dropout::OFF, DROPOUT] {
                 for variant in tiles::supported(&apple(), f16) {
                     cases.extend(Inputs::new(shape, dropout, variant, f16).tiled());
+                    if f16 && variant.rounds_f32() {
+                        cases.extend(Inputs::mixed(shape, dropout, variant).tiled());
+                    }
                 }
             }
             cases.push(Inputs::new(shape, Dropout::OFF, Variant::Scalar, f16).delta());
@@ -48,6 +51,8 @@ struct Inputs {
     dropout: Dropout,
     variant: Variant,
     f16: bool,
+    /// Whether out and dout are f32 beside qkv in f16, and dqkv is held.
+    is_mixed: bool,
     qkv: Vec<f64>,
     dout: Vec<f64>,
     out: Vec<f64>,
@@ -81,11 +86,25 @@ impl Inputs {
             let (b, t) = (token / shape.time, token % shape.time);
             delta[(b * shape.heads + head) * shape.time + t] = products.iter().sum();
         }
-        Self { shape, dropout, variant, f16, qkv, dout, out, lse, delta, dqkv }
+        Self { shape, dropout, variant, f16, is_mixed: false, qkv, dout, out, lse, delta, dqkv }
     }
 
+    fn mixed(shape: AttentionShape, dropout: Dropout, variant: Variant) -> Self {
+        Self { is_mixed: true, ..Self::new(shape, dropout, variant, true) }
+    }
+
+    /// Of qkv.
     fn elem(&self) -> Elem {
         if self.f16 { Elem::F16 } else { Elem::F32 }
+    }
+
+    /// Of out.
+    fn out_elem(&self) -> Elem {
+        if self.f16 && !self.is_mixed { Elem::F16 } else { Elem::F32 }
+    }
+
+    fn gradient_scale(&self) -> f32 {
+        if self.f16 && !self.is_mixed { 1.0 } else { 64.0 }
     }
 
     /// f16 products carry 11 bits into sums of up to T terms; f32 ones 24, of which large logits take four before they are
@@ -104,8 +123,8 @@ impl Inputs {
         let s = self.shape;
         let mut params = vec![s.batch as u32, s.heads as u32, s.time as u32, 0];
         params.extend(self.dropout.params());
-        let gradient_scale = if self.f16 { 1.0f32 } else { 64.0 };
-        params.extend([gradient_scale.to_bits(), 0]);
+        let scale = self.gradient_scale();
+        params.extend([scale, if self.is_mixed { 1.0 } else { scale.recip() }].map(f32::to_bits));
         params
     }
 
@@ -118,21 +137,23 @@ impl Inputs {
     /// dqkv with only the thirds wanted that `written` names.
     fn gradient(&self, written: [bool; 3]) -> Buffer {
         let third = |i: usize| i / self.shape.channels() % 3;
-        let want = self.dqkv.iter().enumerate().map(|(i, v)| if written[third(i)] { *v } else { f64::NAN });
+        let factor = if self.is_mixed { f64::from(self.gradient_scale()) } else { 1.0 };
+        let want = self.dqkv.iter().enumerate().map(|(i, v)| if written[third(i)] { *v * factor } else { f64::NAN });
         Buffer::output("dqkv", self.elem(), want.collect(), self.tolerance())
     }
 
     fn tiled(&self) -> Vec<Case> {
         let s = self.shape;
         let make = |pass| {
-            let (kernel, rows) = tiles::kernel(pass, self.variant, true, s.head_dim, self.f16, self.dropout.is_on());
+            let f16 = [self.elem(), self.out_elem()].map(|elem| elem == Elem::F16);
+            let (kernel, rows) = tiles::kernel(pass, self.variant, true, s.head_dim, f16, self.dropout.is_on());
             (kernel, s.batch * s.heads * s.time.div_ceil(rows as usize))
         };
         let qkv = Buffer::input("qkv", self.elem(), &self.qkv);
         let backward = |written| {
             vec![
                 qkv.clone(),
-                Buffer::input("dout", self.elem(), &self.dout),
+                Buffer::input("dout", self.out_elem(), &self.dout),
                 Buffer::input("lse", Elem::F32, &self.lse),
                 Buffer::input("delta", Elem::F32, &self.delta),
                 self.gradient(written),
@@ -140,7 +161,7 @@ impl Inputs {
         };
         let forward = vec![
             qkv.clone(),
-            Buffer::output("out", self.elem(), self.out.clone(), self.tolerance()),
+            Buffer::output("out", self.out_elem(), self.out.clone(), self.tolerance()),
             Buffer::output("lse", Elem::F32, self.lse.clone(), 1e-5), // of f32 sums in every variant
         ];
         [

@@ -32,26 +32,35 @@ struct Ask {
     scale: f32,
     epilogue: Epilogue,
     bias: bool,
+    /// Whether A is stored times `scale`.
+    is_held: bool,
     /// Whether A and B are f16.
-    f16: bool,
-    /// Whether out is.
-    out_f16: bool,
+    f16: [bool; 2],
+    /// Whether out and the extra matrix are.
+    out_f16: [bool; 2],
 }
 
 /// A product of everything with nothing behind it.
 const fn ask(layout: Layout, sizes: [usize; 3]) -> Ask {
-    let (f16, out_f16) = (false, false);
-    Ask { layout, sizes, padded: false, k_split: sizes[2], scale: 1.0, epilogue: PLAIN, bias: false, f16, out_f16 }
+    let (f16, out_f16) = ([false; 2], [false; 2]);
+    let (epilogue, bias) = (PLAIN, false);
+    Ask { layout, sizes, padded: false, k_split: sizes[2], scale: 1.0, epilogue, bias, is_held: false, f16, out_f16 }
 }
 
 /// The same of f16; sums over parts of K, and a weight's gradient, leave in f32.
 const fn half(layout: Layout, sizes: [usize; 3]) -> Ask {
-    let out_f16 = !matches!(layout, Layout::Tn);
-    Ask { f16: true, out_f16, ..ask(layout, sizes) }
+    let out_f16 = [!matches!(layout, Layout::Tn); 2];
+    Ask { f16: [true; 2], out_f16, ..ask(layout, sizes) }
+}
+
+/// The same between f16 and f32: a gradient in f16 that is held, or a layer that leaves in f32.
+const fn mixed(layout: Layout, sizes: [usize; 3]) -> Ask {
+    let is_held = !matches!(layout, Layout::Nt);
+    Ask { is_held, scale: if is_held { 64.0 } else { 1.0 }, out_f16: [false; 2], ..half(layout, sizes) }
 }
 
 pub fn cases() -> Vec<Case> {
-    [sums_and_slopes(), products(), products_of_f16()].concat()
+    [sums_and_slopes(), products(), products_of_f16(), mixed_products()].concat()
 }
 
 fn products() -> Vec<Case> {
@@ -117,9 +126,9 @@ fn products_of_f16() -> Vec<Case> {
             half(Nn, [65, 72, 64]),
             Ask { padded: true, ..half(Nn, [65, 66, 35]) },
             // K in parts: whole ones, and one too short
-            Ask { k_split: 32, out_f16: false, ..half(Nn, [64, 64, 64]) },
-            Ask { k_split: 32, out_f16: false, padded: true, ..half(Nn, [65, 66, 35]) },
-            Ask { k_split: 32, out_f16: false, ..half(Nn, [67, 65, 34]) },
+            Ask { k_split: 32, out_f16: [false; 2], ..half(Nn, [64, 64, 64]) },
+            Ask { k_split: 32, out_f16: [false; 2], padded: true, ..half(Nn, [65, 66, 35]) },
+            Ask { k_split: 32, out_f16: [false; 2], ..half(Nn, [67, 65, 34]) },
             half(Tn, [64, 64, 64]),
             Ask { k_split: 64, ..half(Tn, [72, 64, 192]) },
             Ask { k_split: 32, padded: true, ..half(Tn, [5, 70, 71]) },
@@ -142,14 +151,48 @@ fn products_of_f16() -> Vec<Case> {
     cases
 }
 
+/// Those inside of half a block of f32, with what only products read in f16.
+fn mixed_products() -> Vec<Case> {
+    use Layout::{Nn, Nt, Tn};
+    let hidden = [true, false];
+    let mut cases = Vec::new();
+    for variant in supported(&apple(), false).into_iter().filter(|variant| variant.rounds_f32()) {
+        let beside_f32 = |sizes| Ask { f16: [true, false], ..mixed(Tn, sizes) };
+        let asks = [
+            Ask { epilogue: ERF, bias: true, padded: true, out_f16: hidden, ..mixed(Nt, [65, 70, 36]) },
+            Ask { epilogue: ERF, out_f16: hidden, ..mixed(Nt, [64, 64, 64]) },
+            Ask { epilogue: TANH, out_f16: hidden, ..mixed(Nt, [66, 65, 30]) },
+            Ask { epilogue: KEEP, bias: true, padded: true, ..mixed(Nt, [66, 67, 20]) },
+            Ask { epilogue: DROP, ..mixed(Nt, [65, 72, 32]) },
+            Ask { epilogue: DROP, bias: true, ..mixed(Nt, [66, 65, 30]) },
+            mixed(Nn, [64, 64, 32]),
+            mixed(Nn, [65, 72, 64]),
+            mixed(Nn, [67, 65, 34]),
+            Ask { padded: true, ..mixed(Nn, [65, 66, 35]) },
+            mixed(Tn, [64, 64, 64]),
+            Ask { k_split: 64, ..mixed(Tn, [72, 64, 192]) },
+            Ask { k_split: 32, ..mixed(Tn, [5, 70, 71]) },
+            beside_f32([64, 64, 64]),
+            Ask { scale: 1.0, ..beside_f32([68, 72, 32]) },
+            Ask { k_split: 64, padded: true, ..beside_f32([70, 66, 190]) },
+            Ask { k_split: 32, ..beside_f32([5, 70, 71]) },
+        ];
+        cases.extend(asks.iter().map(|ask| ask.case(variant)));
+    }
+    cases
+}
+
 impl Ask {
     fn case(&self, variant: Variant) -> Case {
-        let Self { layout, sizes: [m, n, k], padded, k_split, scale, epilogue, bias, f16, out_f16 } = *self;
+        let Self { layout, sizes: [m, n, k], padded, k_split, scale, epilogue, bias, is_held, f16, out_f16 } = *self;
+        let all_f16 = f16 == [true; 2];
         let mut random = Random((m * 7 + n * 3 + k) as u64);
         // What is multiplied in f16 is given in f16: the rest of the difference is the order of the sums.
-        let round = |v: f64| if f16 || variant.rounds_f32() { to_half(v) } else { v };
+        let round = |v: f64| if all_f16 || variant.rounds_f32() { to_half(v) } else { v };
         let mut values = |count: usize| random.vec(count).into_iter().map(round).collect::<Vec<_>>();
-        let (a, b, bias_values, extra) = (values(m * k), values(k * n), values(n), values(m * n));
+        let (a, b, bias_values) = (values(m * k), values(k * n), values(n));
+        // What is added to the sums is not multiplied.
+        let extra: Vec<f64> = random.vec(m * n).into_iter().map(|v| if out_f16[1] { to_half(v) } else { v }).collect();
         let term = |row: usize, column: usize, i: usize| match layout {
             Layout::Nt => a[row * k + i] * b[column * k + i],
             Layout::Nn => a[row * k + i] * b[i * n + column],
@@ -160,20 +203,21 @@ impl Ask {
             Layout::Nn => [k, n],
             Layout::Tn => [m, n],
         };
-        let pack = if f16 && variant != Variant::Scalar { 8 } else { 4 };
+        let pack = if all_f16 && variant != Variant::Scalar { 8 } else { 4 };
         let strides = [a_columns, b_columns, n].map(|c| if padded { c.next_multiple_of(pack) } else { c });
         let dropout = if epilogue == DROP { DROPOUT } else { Dropout::OFF };
         let plan = Plan {
             variant,
-            tile: choose(variant, f16, m, n, k_split < k),
+            tile: choose(variant, all_f16, m, n, k_split < k),
             layout,
             sizes: self.sizes,
             strides,
             k_split,
             scale,
+            is_held,
             epilogue,
             bias,
-            f16: [f16, f16, out_f16],
+            f16: [f16[0], f16[1], out_f16[0], out_f16[1]],
             dropout,
         };
 
@@ -203,14 +247,15 @@ impl Ask {
             Buffer::input(name, elem, &pad(values, columns, stride, f64::NAN))
         };
         // The padding of a row may be written.
-        let output = |name, values: &[f64]| {
-            let (elem, tolerance) = Elem::activation(out_f16, 1e-5);
+        let output = |name, f16, values: &[f64]| {
+            let (elem, tolerance) = Elem::activation(f16, 1e-5);
             Buffer::output(name, elem, pad(values, n, strides[2], f64::INFINITY), tolerance)
         };
+        let a_stored: Vec<f64> = a.iter().map(|v| if is_held { v * f64::from(scale) } else { *v }).collect();
         let mut buffers = vec![
-            input("a", f16, &a, a_columns, strides[0]),
-            input("b", f16, &b, b_columns, strides[1]),
-            output("out", &want),
+            input("a", f16[0], &a_stored, a_columns, strides[0]),
+            input("b", f16[1], &b, b_columns, strides[1]),
+            output("out", out_f16[0], &want),
         ];
         if epilogue == ADDED {
             buffers[2].before = pad(&extra, n, strides[2], f64::NAN);
@@ -220,9 +265,9 @@ impl Ask {
         }
         match epilogue {
             Epilogue::Plain | Epilogue::Added => {}
-            Epilogue::Gelu { .. } => buffers.push(output("extra", &sums)),
+            Epilogue::Gelu { .. } => buffers.push(output("extra", out_f16[1], &sums)),
             Epilogue::Residual { .. } | Epilogue::GeluSlope { .. } => {
-                buffers.push(input("extra", out_f16, &extra, n, strides[2]))
+                buffers.push(input("extra", out_f16[1], &extra, n, strides[2]))
             }
         }
         let what = format!("{:?} padded {padded} split {k_split} scale {scale}", self.sizes);
@@ -249,27 +294,33 @@ fn sums_and_slopes() -> Vec<Case> {
         let blocks = x.chunks(BLOCK_ROWS * columns);
         let parts = blocks
             .flat_map(|block| twins::linear_backward(block, &[], &[], block.len() / columns, 0, columns)[2].clone());
-        let parts = Buffer::output("parts", Elem::F32, parts.collect(), 1e-5);
+        let factor = if f16 { 0.125f32 } else { 1.0 };
+        let parts = Buffer::output("parts", Elem::F32, parts.map(|sum| sum * f64::from(factor)).collect(), 1e-5);
         let groups = rows.div_ceil(BLOCK_ROWS) * columns.div_ceil(64);
         let buffers = vec![Buffer::input("x", Elem::activation(f16, 0.0).0, &x), parts];
         let what = format!("({rows}, {columns})");
-        add(column_sum_kernel(f16), what, two_rows(groups as u32), buffers, &[rows, columns]);
+        let params = [rows, columns, factor.to_bits() as usize];
+        add(column_sum_kernel(f16), what, two_rows(groups as u32), buffers, &params);
     }
-    for (gelu, f16) in [(Gelu::Erf, false), (Gelu::Tanh, false), (Gelu::Erf, true), (Gelu::Tanh, true)] {
+    let types = [[false; 2], [true; 2], [false, true]];
+    for (gelu, f16) in [Gelu::Erf, Gelu::Tanh].into_iter().flat_map(|gelu| types.map(|f16| (gelu, f16))) {
         for quads in [1usize, 259] {
-            let (elem, tolerance) = Elem::activation(f16, 1e-5);
-            let round = |v: f64| if f16 { to_half(v) } else { v };
+            let [(elem, _), (dh_elem, tolerance)] = f16.map(|f16| Elem::activation(f16, 1e-5));
+            let factor = if f16[0] == f16[1] { 1.0 } else { 64.0f32 };
+            let round = |v: f64| if f16[0] { to_half(v) } else { v };
             let mut random = Random(11);
             let mut pair = || (round(random.next()), round(5.0 * random.next()));
             let (dy, h): (Vec<_>, Vec<_>) = (0..4 * quads).map(|_| pair()).unzip();
-            let dh = dy.iter().zip(&h).map(|(dy, h)| dy * twins::gelu_slope(*h, gelu)).collect();
+            let slope = |h| f64::from(factor) * twins::gelu_slope(h, gelu);
+            let dh = dy.iter().zip(&h).map(|(dy, h)| dy * slope(*h)).collect();
             let buffers = vec![
                 Buffer::input("dy", elem, &dy),
                 Buffer::input("h", elem, &h),
-                Buffer::output("dh", elem, dh, tolerance),
+                Buffer::output("dh", dh_elem, dh, tolerance),
             ];
             let grid = two_rows(quads.div_ceil(256) as u32);
-            add(gelu_gradient_kernel(gelu, f16), format!("{quads} quads"), grid, buffers, &[quads]);
+            let params = [quads, factor.to_bits() as usize];
+            add(gelu_gradient_kernel(gelu, f16), format!("{quads} quads"), grid, buffers, &params);
         }
     }
     for (elements, parts) in [(4 * 257, 3), (261, 1), (1, 5)] {

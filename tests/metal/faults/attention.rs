@@ -45,7 +45,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a product in f16", kernel: "dropout", constants: &["alias elem = f16;"],
-        from: "lanes(x[index]) * params.keep_scale", to: "lanes(x[index] * elem(params.keep_scale))", found_by: Layer::Limits,
+        from: "value * params.keep_scale", to: "lanes(x[index] * elem(params.keep_scale))", found_by: Layer::Limits,
     },
     Fault {
         what: "the grid's second row forgotten", kernel: "dropout", constants: &[],
@@ -229,6 +229,14 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a gradient that stays scaled", kernel: "attention_coop_dkv", constants: &[F32, D64, DROPS, F16_PRODUCTS],
-        from: "let value_factor = 1.0 / params.gradient_scale;", to: "let value_factor = 1.0;", found_by: Layer::Values,
+        from: "let value_factor = params.result_scale;", to: "let value_factor = 1.0;", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a held gradient whose factor is taken out", kernel: "attention_coop_dq", constants: &["alias elem = f16;", "alias out_elem = f32;", D64, DROPS],
+        from: "let factor = scale * params.result_scale;", to: "let factor = scale / params.gradient_scale;", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a held gradient without its factor", kernel: "dropout", constants: &["alias elem = f32;", "alias out_elem = f16;", KEEPS],
+        from: "made(value * params.factor)", to: "made(value)", found_by: Layer::Values,
     },
 ];

@@ -22,6 +22,7 @@ const OCTS: &str = "// plain, octs, bias: true";
 const BARE_OCTS: &str = "// plain, octs, bias: false";
 const HALVES: &str = "alias elem = f16;";
 const SCALED: &str = "const A_SCALED: bool = true;";
+const NOT_SCALED: &str = "const A_SCALED: bool = false;";
 const GRADIENT: &str = "const GRADIENT: bool = true;";
 const SIXTEEN_ROWS: &str = "const ROWS: u32 = 16u;";
 const THREE_SLOTS: &str = "const SLOTS: u32 = 3u;";
@@ -138,6 +139,38 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         what: "one row more than there are, summed", kernel: "column_sum", constants: &[],
         from: "min(first + BLOCK_ROWS, params.rows)", to: "first + BLOCK_ROWS", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a sum that stays held", kernel: "column_sum", constants: &[HALVES],
+        from: "sum * params.factor", to: "sum", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a held gradient without its factor", kernel: "gelu_gradient", constants: &["alias elem = f32;", "alias out_elem = f16;"],
+        from: " * params.factor", to: "", found_by: Layer::Values,
+    },
+    Fault {
+        what: "sums of a held gradient that stay held", kernel: "linear_coop", constants: &[NOT_SCALED, "const IS_ONE: bool = false;", BARE_OCTS],
+        from: "sum * select(params.out_scale, 1.0, IS_ONE)", to: "sum", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a residual in the type of what is multiplied", kernel: "linear_coop", constants: &["alias a_elem = f16;", "alias extra_elem = f32;", "// residual, octs, bias: true"],
+        from: "vec4<f32>(other) + value", to: "vec4<f32>(vec4<a_elem>(other)) + value", found_by: Layer::Values,
+    },
+    Fault {
+        what: "the same tile again", kernel: "linear_scalar", constants: &[LARGE, BARE_QUADS, A_BY_M, EXACT],
+        from: "        at_a += select(0u, along_a, has_next);\n", to: "", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a tile beyond the last", kernel: "linear_scalar", constants: &[LARGE, BARE_QUADS, A_BY_M, EXACT],
+        from: "at_b += select(0u, along_b, has_next)", to: "at_b += along_b", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "rows of a matrix that is not turned", kernel: "linear_scalar", constants: &[SMALL, BARE_QUADS, A_BY_M, EXACT],
+        from: "i % 2u + i / 2u * (THREADS / K_QUADS * 2u)", to: "i", found_by: Layer::Values,
+    },
+    Fault {
+        what: "another row's residual", kernel: "linear_scalar", constants: &[SMALL, RESIDUAL_SINGLES],
+        from: "sums[2u * i + 1u], others[2u * (i % HELD_ROWS) + 1u]", to: "sums[2u * i + 1u], others[1u]", found_by: Layer::Values,
     },
     Fault {
         what: "a decay that grows", kernel: "gelu_gradient", constants: &["const GELU_TANH: bool = true;"],

@@ -183,6 +183,12 @@ fn a_tall_sum_is_split_and_added_in_order() {
             (Layout::Tn, [128, 4, 4096]),
             (Layout::Tn, [12, 260, 700]),
             (Layout::Nn, [33, 24, 3000]),
+            // The large tiles: whole ones, ragged ones of quads, and rows of any length
+            (Layout::Tn, [128, 256, 512]),
+            (Layout::Tn, [132, 196, 330]),
+            (Layout::Tn, [129, 131, 70]),
+            (Layout::Nn, [256, 128, 512]),
+            (Layout::Nn, [130, 196, 332]),
         ] {
             let case = Case::new(layout, sizes, mode);
             let [m, n, k] = sizes;
@@ -191,8 +197,12 @@ fn a_tall_sum_is_split_and_added_in_order() {
             let b = matrix(mode.f16, &case.b, b_columns, b_columns, device);
             let before = Random(7).vec(m * n);
             // Nothing adds to f16: it would be rounded every time.
-            for accumulate in if mode.out_f16 { vec![false] } else { vec![false, true] } {
-                let what = case.what(mode, if accumulate { "accumulated" } else { "" });
+            let accumulates = if mode.out_f16 { vec![false] } else { vec![false, true] };
+            let registers = if mode.variant == Variant::Scalar { vec![false, true] } else { vec![false] };
+            let both = |accumulate| registers.iter().map(move |&few| (accumulate, few));
+            for (accumulate, few_registers) in accumulates.into_iter().flat_map(both) {
+                let how = if accumulate { "accumulated" } else { "" };
+                let what = case.what(mode, &format!("{how}, few registers: {few_registers}"));
                 let run = || {
                     let out = match accumulate {
                         true => Guarded::holding(&before, [m, n], device),
@@ -201,7 +211,7 @@ fn a_tall_sum_is_split_and_added_in_order() {
                     // The scale is a power of two: it changes no bit unless something under- or overflows. f16 comes scaled.
                     let scale = if mode.f16 { 1.0 } else { 64.0 };
                     let product = Product { scale, ..Product::plain(layout, &a, &b, m, n, k) };
-                    product.launch_tall(mode.variant, &out.inside, accumulate);
+                    product.launch_tall_with(mode.variant, few_registers, &out.inside, accumulate);
                     out.values(&what)
                 };
                 let got = run();

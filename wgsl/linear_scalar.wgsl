@@ -1,12 +1,13 @@
 // A matrix product in f32, without subgroups or cooperative matrices: it runs everywhere.
 //
-// One workgroup computes BLOCK_M x BLOCK_N of out over its part of K; a thread 8 x 8, two quads of rows by two of columns:
+// One workgroup computes BLOCK_M x BLOCK_N of out over its part of K; a thread 8 x 8 or 8 x 16, two quads of rows by two or four of
+// columns:
 //     for each BLOCK_K of k (in workgroup memory, the next ones in registers):
 //         for each two k:
 //             sums += A B               two outer products, everything in registers
 //     the sums pass to the epilogue
 // A "quad" is four neighbours that move as one vec4. A tile has a row of quads for each k: quads of rows of A, or of columns
-// of B. So a step of k reads four quads for 64 products.
+// of B. So a step of k reads four quads for 64 products, or six for 128.
 //
 // A matrix whose rows run along k is turned on its way there. A thread fetches two neighbouring rows x0 and x1 of it and stores
 //     of A: x0 and x1 as one vec2 for each k; the next vec2 of the quad is another thread's
@@ -19,7 +20,7 @@
 // Header (beside it linear_params, linear_quads or _singles, linear_bias or _no_bias, an epilogue):
 //     THREAD_ROWS, THREAD_COLS   8 or 16: threads of the workgroup over BLOCK_M and BLOCK_N
 //     BLOCK_M     8 * THREAD_ROWS
-//     BLOCK_N     8 * THREAD_COLS
+//     BLOCK_N     8 or 16 * THREAD_COLS
 //     BLOCK_K     16: the steps of k are written out
 //     A_BY_K, B_BY_N   bool: A is stored (K, M), else (M, K); B is stored (N, K), else (K, N)
 //     RAGGED      bool: whether M or N is no multiple of BLOCK_M or BLOCK_N
@@ -38,6 +39,7 @@ const K_QUADS: u32 = BLOCK_K / 4u;
 const A_STEPS: u32 = BLOCK_M * K_QUADS / THREADS; // quads that a thread moves: 2 or 4
 const B_STEPS: u32 = BLOCK_N * K_QUADS / THREADS;
 const HELD_ROWS: u32 = max(EXTRA_ROWS, 1u);
+const COL_QUADS: u32 = N_QUADS / THREAD_COLS; // quads of columns of a thread: 2 or 4
 
 var<workgroup> tile_a: array<vec2<f32>, BLOCK_K * M_QUADS * 2u>; // halves of quads
 var<workgroup> tile_b: array<vec4<f32>, BLOCK_K * N_QUADS>;
@@ -45,12 +47,12 @@ var<workgroup> tile_b: array<vec4<f32>, BLOCK_K * N_QUADS>;
 // What a thread holds. Loops over these arrays are at most four steps long and short of text, or written out as calls:
 // NVIDIA's compiler does not unroll others, and an array that it cannot index by constants leaves the registers (measured:
 // a third slower for a loop over k, four times for one around the epilogue with dropout alone).
-var<private> sums: array<vec4<f32>, 16>; // row i, quad j of columns at 2 i + j
+var<private> sums: array<vec4<f32>, 8u * COL_QUADS>; // row i, quad j of columns at COL_QUADS * i + j
 var<private> next_a: array<vec4<f32>, A_STEPS>;
 var<private> next_b: array<vec4<f32>, B_STEPS>;
 var<private> at_a: u32; // where the thread's first quads are loaded from, where no edge is to be minded
 var<private> at_b: u32;
-var<private> others: array<vec4<extra_elem>, 2u * HELD_ROWS>; // quads of extra
+var<private> others: array<vec4<extra_elem>, COL_QUADS * HELD_ROWS>; // quads of extra
 
 // Where a quad begins in its block of A or B: at row (of A) or column (of B) x, and k.
 struct Corner {
@@ -221,30 +223,50 @@ fn read_b(j: u32, k: u32, thread_col: u32) -> Pair {
     return Pair(first, second);
 }
 
-// sums of row i += left * (right_0, right_1)
-fn add_row(i: u32, left: f32, right_0: vec4<f32>, right_1: vec4<f32>) {
-    sums[2u * i] = fma(vec4<f32>(left), right_0, sums[2u * i]);
-    sums[2u * i + 1u] = fma(vec4<f32>(left), right_1, sums[2u * i + 1u]);
+// The thread's quads of columns at one k; the last two where it has them.
+struct Right {
+    q0: vec4<f32>,
+    q1: vec4<f32>,
+    q2: vec4<f32>,
+    q3: vec4<f32>,
+}
+
+// sums of row i += left * right
+fn add_row(i: u32, left: f32, right: Right) {
+    sums[COL_QUADS * i] = fma(vec4<f32>(left), right.q0, sums[COL_QUADS * i]);
+    sums[COL_QUADS * i + 1u] = fma(vec4<f32>(left), right.q1, sums[COL_QUADS * i + 1u]);
+    if (COL_QUADS > 2u) {
+        sums[COL_QUADS * i + COL_QUADS - 2u] = fma(vec4<f32>(left), right.q2, sums[COL_QUADS * i + COL_QUADS - 2u]);
+        sums[COL_QUADS * i + COL_QUADS - 1u] = fma(vec4<f32>(left), right.q3, sums[COL_QUADS * i + COL_QUADS - 1u]);
+    }
 }
 
 // From the last row to the first, since NVIDIA's compiler gives registers in the order of the text: 2 to 4 % by which rows come first.
-fn add_rows(first: u32, left: vec4<f32>, right_0: vec4<f32>, right_1: vec4<f32>) {
-    add_row(first + 3u, left.w, right_0, right_1);
-    add_row(first + 2u, left.z, right_0, right_1);
-    add_row(first + 1u, left.y, right_0, right_1);
-    add_row(first, left.x, right_0, right_1);
+fn add_rows(first: u32, left: vec4<f32>, right: Right) {
+    add_row(first + 3u, left.w, right);
+    add_row(first + 2u, left.z, right);
+    add_row(first + 1u, left.y, right);
+    add_row(first, left.x, right);
 }
 
 // The products of k and k + 1, k even
 fn multiply(k: u32, thread_row: u32, thread_col: u32) {
-    let right_0 = read_b(0u, k, thread_col);
-    let right_1 = read_b(1u, k, thread_col);
+    let b_0 = read_b(0u, k, thread_col);
+    let b_1 = read_b(1u, k, thread_col);
+    var b_2: Pair;
+    var b_3: Pair;
+    if (COL_QUADS > 2u) {
+        b_2 = read_b(2u, k, thread_col);
+        b_3 = read_b(3u, k, thread_col);
+    }
+    let right_0 = Right(b_0.k0, b_1.k0, b_2.k0, b_3.k0);
+    let right_1 = Right(b_0.k1, b_1.k1, b_2.k1, b_3.k1);
     let left_0 = read_a(0u, k, thread_row);
-    add_rows(0u, left_0.k0, right_0.k0, right_1.k0);
-    add_rows(0u, left_0.k1, right_0.k1, right_1.k1);
+    add_rows(0u, left_0.k0, right_0);
+    add_rows(0u, left_0.k1, right_1);
     let left_1 = read_a(1u, k, thread_row);
-    add_rows(4u, left_1.k0, right_0.k0, right_1.k0);
-    add_rows(4u, left_1.k1, right_0.k1, right_1.k1);
+    add_rows(4u, left_1.k0, right_0);
+    add_rows(4u, left_1.k1, right_1);
 }
 
 fn multiply_tile(thread_row: u32, thread_col: u32) {
@@ -266,17 +288,38 @@ fn col_of_out(j: u32, place: Place, thread_col: u32) -> u32 {
     return place.first_col + 4u * (thread_col + j * THREAD_COLS);
 }
 
-// Loads of one row are all under way before the first is waited for; a store in between would keep the next back.
+// Loads of two rows are all under way before the first is waited for; a store in between would keep the next back.
+fn fetch_other(i: u32, j: u32, place: Place, thread_row: u32, thread_col: u32) {
+    others[COL_QUADS * (i % HELD_ROWS) + j] =
+        fetch_extra(row_of_out(i, place, thread_row), col_of_out(j, place, thread_col));
+}
+
 fn fetch_row_of_others(i: u32, place: Place, thread_row: u32, thread_col: u32) {
-    let row = row_of_out(i, place, thread_row);
-    others[2u * (i % HELD_ROWS)] = fetch_extra(row, col_of_out(0u, place, thread_col));
-    others[2u * (i % HELD_ROWS) + 1u] = fetch_extra(row, col_of_out(1u, place, thread_col));
+    fetch_other(i, 0u, place, thread_row, thread_col);
+    fetch_other(i, 1u, place, thread_row, thread_col);
+    if (COL_QUADS > 2u) {
+        fetch_other(i, COL_QUADS - 2u, place, thread_row, thread_col);
+        fetch_other(i, COL_QUADS - 1u, place, thread_row, thread_col);
+    }
+}
+
+fn finish_quad(i: u32, j: u32, place: Place, thread_row: u32, thread_col: u32) {
+    finish(
+        row_of_out(i, place, thread_row),
+        col_of_out(j, place, thread_col),
+        place.split,
+        sums[COL_QUADS * i + j],
+        others[COL_QUADS * (i % HELD_ROWS) + j],
+    );
 }
 
 fn finish_row(i: u32, place: Place, thread_row: u32, thread_col: u32) {
-    let row = row_of_out(i, place, thread_row);
-    finish(row, col_of_out(0u, place, thread_col), place.split, sums[2u * i], others[2u * (i % HELD_ROWS)]);
-    finish(row, col_of_out(1u, place, thread_col), place.split, sums[2u * i + 1u], others[2u * (i % HELD_ROWS) + 1u]);
+    finish_quad(i, 0u, place, thread_row, thread_col);
+    finish_quad(i, 1u, place, thread_row, thread_col);
+    if (COL_QUADS > 2u) {
+        finish_quad(i, COL_QUADS - 2u, place, thread_row, thread_col);
+        finish_quad(i, COL_QUADS - 1u, place, thread_row, thread_col);
+    }
 }
 
 fn finish_two_rows(i: u32, place: Place, thread_row: u32, thread_col: u32) {

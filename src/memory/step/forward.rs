@@ -113,7 +113,8 @@ impl Replayer<'_> {
         let count = match self.shape.engine {
             Engine::Kernels(variant) => *self.splits.entry(([m, n, k], f16)).or_insert_with(|| {
                 let sizes = [m, n, k].map(|size| size as usize);
-                let tile = tiles::choose(variant, f16, sizes[0], sizes[1], true);
+                // The tile for few registers is as large, and split as often.
+                let tile = tiles::choose(variant, false, f16, sizes[0], sizes[1], true);
                 splits(variant, tile, sizes).0 as u64
             }),
             Engine::Composed => 1,

@@ -74,7 +74,8 @@ impl<'a> Product<'a> {
 
     /// Queues the product into `out`, M rows of `strides[2]` elements.
     pub fn launch(&self, variant: Variant, out: &CubeTensor) {
-        let tile = tiles::choose(variant, self.is_f16(), self.m, self.n, false);
+        let few_registers = kernel::few_registers(self.a);
+        let tile = tiles::choose(variant, few_registers, self.is_f16(), self.m, self.n, false);
         self.launch_split(variant, tile, self.k, out);
     }
 
@@ -82,7 +83,12 @@ impl<'a> Product<'a> {
     /// gradient, or what comes back through a head. The parts are added in a fixed order. `accumulate` adds to what
     /// `out` (f32, without padding) holds. Nothing else follows the sums.
     pub fn launch_tall(&self, variant: Variant, out: &CubeTensor, accumulate: bool) {
-        let tile = tiles::choose(variant, self.is_f16(), self.m, self.n, true);
+        self.launch_tall_with(variant, kernel::few_registers(self.a), out, accumulate);
+    }
+
+    /// The same as if a thread of the device had few registers, or more: for the tests.
+    pub fn launch_tall_with(&self, variant: Variant, few_registers: bool, out: &CubeTensor, accumulate: bool) {
+        let tile = tiles::choose(variant, few_registers, self.is_f16(), self.m, self.n, true);
         let (splits, k_split) = splits(variant, tile, [self.m, self.n, self.k]);
         if splits <= 1 {
             let epilogue = if accumulate { Epilogue::Added } else { self.epilogue };
@@ -266,7 +272,7 @@ mod tests {
         ];
         for (variant, f16) in [(matrices, true), (Variant::Scalar, false)] {
             for [m, n, k] in shapes {
-                let tile = tiles::choose(variant, f16, m, n, true);
+                let tile = tiles::choose(variant, false, f16, m, n, true);
                 let (parts, k_split) = splits(variant, tile, [m, n, k]);
                 assert!(parts * k_split >= k && (parts - 1) * k_split < k, "{parts} parts of {k_split} of {k}");
                 assert!(k_split.is_multiple_of(tile.k as usize), "{k_split}");
@@ -275,7 +281,7 @@ mod tests {
                 assert!(filled > 0.8, "{m} x {n}: {groups} workgroups fill {filled} of their waves");
             }
         }
-        let tile = tiles::choose(matrices, true, 50304, 768, true);
+        let tile = tiles::choose(matrices, false, true, 50304, 768, true);
         assert_eq!(splits(matrices, tile, [50304, 768, 2496]).0, 1);
     }
 }

@@ -157,15 +157,21 @@ const DEEP: Tile = tile(128, 128, 64, 2, 4, 8);
 /// while the other loads. For f32 the next tile would take 32 registers more.
 const PAIRED: Tile = tile(128, 128, 32, 2, 2, 0);
 
+/// Scalar, 8 x 16 sums a thread instead of 8 x 8: six loads from workgroup memory for 128 products instead of eight. 208 registers leave four
+/// subgroups a workgroup and two workgroups a processor, which is too little where the last of them run alone: 5 to 9 % faster where K is split so
+/// that few do, 15 to 25 % slower where M x N leaves half a wave.
+const BROAD: Tile = tile(128, 128, 16, 16, 8, 0);
+
 /// What a round of as many workgroups as the device holds takes with [`PAIRED`], by what it takes with [`DEEP`]: twice the output in 1.8
 /// of the time.
 const PAIRED_ROUND: (usize, usize) = (9, 5);
 
 /// The tile for a product of this shape with both factors in f16 (or one in f32); `tall`: K is split over workgroups until the device is full.
-/// Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
-pub fn choose(variant: Variant, f16: bool, m: usize, n: usize, tall: bool) -> Tile {
+/// `few_registers` is its device's ([`Capabilities`]). Measured on an H200 (docs/measurements/linear-h200.md), edge 8 on nothing yet.
+pub fn choose(variant: Variant, few_registers: bool, f16: bool, m: usize, n: usize, tall: bool) -> Tile {
     let rounds = |tile: Tile| tile.blocks(m, n).div_ceil(groups_at_a_time(variant, tile));
     match variant {
+        Variant::Scalar if m.min(n) >= 128 && tall && !few_registers => BROAD,
         Variant::Scalar if m.min(n) >= 128 => tile(128, 128, 16, 16, 16, 0),
         Variant::Scalar => tile(64, 64, 16, 8, 8, 0),
         Variant::Coop { edge: 8, .. } => tile(64, 64, 32, 2, 2, 8),
@@ -200,11 +206,12 @@ fn first_shuffle(layout: Layout, epilogue: Epilogue) -> u32 {
 }
 
 /// Workgroups of a product that run at a time: where it multiplies on matrices, as many as 48 KB of workgroup memory a processor hold;
-/// of the scalar kernel 512 threads a processor, whose 128 registers each are all it has.
+/// of the scalar kernel 512 threads a processor, whose 128 registers each are all it has, or half of that with twice the registers.
 pub fn groups_at_a_time(variant: Variant, tile: Tile) -> usize {
     match variant {
         Variant::Coop { .. } if tile == PAIRED => 2 * PROCESSORS,
         Variant::Coop { .. } => PROCESSORS,
+        Variant::Scalar if tile == BROAD => 2 * PROCESSORS,
         Variant::Scalar => PROCESSORS * 512 / (tile.grid.0 * tile.grid.1) as usize,
     }
 }
@@ -212,11 +219,12 @@ pub fn groups_at_a_time(variant: Variant, tile: Tile) -> usize {
 /// Every kernel that a device with these capabilities can be given, for f32 tensors and for f16.
 pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
     let stored = |f16| supported(capabilities, f16).into_iter().map(move |variant| (variant, f16));
-    stored(false).chain(stored(true)).flat_map(|(variant, f16)| kernels_of(variant, f16)).collect()
+    let few = capabilities.few_registers;
+    stored(false).chain(stored(true)).flat_map(|(variant, f16)| kernels_of(variant, few, f16)).collect()
 }
 
 /// Every kernel of `variant` for tensors of f16 (or f32).
-fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
+fn kernels_of(variant: Variant, few_registers: bool, f16: bool) -> Vec<Kernel> {
     let mut kernels = Vec::new();
     let packs = match variant {
         Variant::Coop { .. } if f16 => Access::Octs,
@@ -224,7 +232,7 @@ fn kernels_of(variant: Variant, f16: bool) -> Vec<Kernel> {
     };
     // Every outcome of `choose`.
     let sizes = [(1, false), (128, false), (128, true), (4096, false)];
-    let tiles: HashSet<Tile> = sizes.map(|(size, tall)| choose(variant, f16, size, size, tall)).into();
+    let tiles: HashSet<Tile> = sizes.map(|(size, tall)| choose(variant, few_registers, f16, size, size, tall)).into();
     for tile in tiles {
         for (access, ragged) in
             [(packs, Ragged::Nothing), (packs, Ragged::Output), (packs, Ragged::Sums), (Access::Singles, Ragged::Sums)]
@@ -464,7 +472,8 @@ mod tests {
     #[test]
     fn paired_workgroups_share_a_processor() {
         let matrices = Variant::Coop { edge: 16, f16: true };
-        let paired = kernels_of(matrices, true).into_iter().filter(|kernel| kernel.workgroup().0 == 4 * SUBGROUP_SIZE);
+        let paired =
+            kernels_of(matrices, false, true).into_iter().filter(|kernel| kernel.workgroup().0 == 4 * SUBGROUP_SIZE);
         let bytes: Vec<u32> =
             paired.map(|kernel| kernel.workgroup_memory().unwrap_or_else(|error| panic!("{error}"))).collect();
         assert!(!bytes.is_empty() && bytes.iter().all(|&bytes| bytes <= 24 << 10), "{bytes:?}");

@@ -208,7 +208,7 @@ impl Ask {
         let dropout = if epilogue == DROP { DROPOUT } else { Dropout::OFF };
         let plan = Plan {
             variant,
-            tile: choose(variant, all_f16, m, n, k_split < k),
+            tile: choose(variant, true, all_f16, m, n, k_split < k),
             layout,
             sizes: self.sizes,
             strides,

@@ -71,6 +71,7 @@ fn main() -> Result<()> {
             for dtype in [DType::F32, DType::F16] {
                 operations(&chosen.device, model, dtype)?;
             }
+            mixed(&chosen.device, model)?;
         }
     }
     Ok(())
@@ -164,6 +165,82 @@ enum Least {
     Bytes(usize),
 }
 
+/// Prints a row: name, type of activations and variant of an operation, its sizes, and what it takes.
+fn operation(
+    device: &Device,
+    [name, dtype, variant]: [&str; 3],
+    sizes: &[usize],
+    least: Least,
+    call: &(dyn Fn() + Sync),
+) -> Result<()> {
+    let (ms, timer) = time_of(device, call)?;
+    let sizes = sizes.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
+    let rate = match least {
+        Least::Flops(flops) => format!("{:.1} TFLOP/s", flops as f64 / ms / 1e9),
+        Least::Bytes(bytes) => format!("{:.0} GB/s", bytes as f64 / ms / 1e6),
+    };
+    println!("| {name} | {sizes} | {dtype} | {variant} | {ms:.4} | {rate} | {timer} |");
+    Ok(())
+}
+
+/// A row for each operation inside of half a block of f32 that stores what only products read in f16, where products round to it.
+fn mixed(device: &Device, [batch, time, c, _]: [usize; 4]) -> Result<()> {
+    const HELD: Option<f32> = Some(16384.0);
+    let rows = batch * time;
+    let whole = |shape: &[usize]| random(shape, DType::F32, device);
+    let half = |shape: &[usize]| random(shape, DType::F16, device);
+    let x = whole(&[rows, c])?;
+    let Some((choice, variant)) = ours(&x).into_iter().find(|(choice, _)| *choice == Kernels::Coop) else {
+        return Ok(());
+    };
+    kernel::choose(choice);
+    if !kernel::variant(&x).is_some_and(Variant::rounds_f32) {
+        return Ok(());
+    }
+    let row = |name: &str, sizes: &[usize], least: Least, call: &(dyn Fn() + Sync)| {
+        operation(device, [name, "f32, f16", &variant], sizes, least, call)
+    };
+    let dropout = Dropout { probability: 0.2, seed: 1, step: 0, site: 1 };
+    let (one, flops) = (rows * c, |outputs: usize, inputs: usize| Least::Flops(2 * rows * inputs * outputs));
+    let weight = whole(&[c])?;
+    row("layer norm", &[rows, c], Least::Bytes(6 * one), &|| {
+        drop(B::layer_norm_forward(x.clone(), weight.clone(), Optional::Absent, true));
+    })?;
+    for (name, dropout) in [("gradient, rounded", Dropout::OFF), ("gradient, dropped and rounded", dropout)] {
+        row(name, &[rows, c], Least::Bytes(6 * one), &|| drop(B::dropout(x.clone(), dropout, HELD)))?;
+    }
+    let (x16, dy16, hidden) = (half(&[rows, c])?, half(&[rows, c])?, whole(&[rows, 4 * c])?);
+    let (wide16, w_in, w_out) = (half(&[rows, 4 * c])?, half(&[4 * c, c])?, half(&[c, 4 * c])?);
+    row("gelu(x wT)", &[rows, 4 * c, c], flops(4 * c, c), &|| {
+        drop(B::linear_gelu(x16.clone(), w_in.clone(), Optional::Absent, Gelu::Erf, true));
+    })?;
+    for (name, dropout) in [("r + x wT", Dropout::OFF), ("r + dropout(x wT)", dropout)] {
+        row(name, &[rows, c, 4 * c], flops(c, 4 * c), &|| {
+            drop(B::linear_residual(wide16.clone(), w_out.clone(), Optional::Absent, x.clone(), dropout));
+        })?;
+    }
+    row("dy w", &[rows, 4 * c, c], flops(c, 4 * c), &|| drop(B::linear_dx(dy16.clone(), w_out.clone(), HELD)))?;
+    row("dy gelu'(h)", &[rows, 4 * c], Least::Bytes(40 * one), &|| {
+        drop(B::gelu_dh(hidden.clone(), hidden.clone(), Gelu::Erf, HELD));
+    })?;
+    row("dyT x", &[c, 4 * c, rows], flops(c, 4 * c), &|| drop(B::linear_dw(dy16.clone(), wide16.clone(), HELD)))?;
+    row("dyT heads", &[c, c, rows], flops(c, c), &|| drop(B::linear_dw(dy16.clone(), x.clone(), HELD)))?;
+    row("sum of rows", &[rows, 4 * c], Least::Bytes(8 * one), &|| drop(B::linear_db(wide16.clone(), HELD)))?;
+    let heads = c / 64;
+    let (qkv, dout) = (half(&[batch, time, 3 * c])?, whole(&[batch, time, c])?);
+    let (out, lse) = B::causal_attention(qkv.clone(), heads, Dropout::OFF, true);
+    let attention = 2 * rows * time * c;
+    row("attention", &[batch, heads, time, 64], Least::Flops(attention), &|| {
+        drop(B::causal_attention(qkv.clone(), heads, Dropout::OFF, true));
+    })?;
+    row("attention's gradients", &[batch, heads, time, 64], Least::Flops(attention / 2 * 5), &|| {
+        let (dout, out, lse) = (dout.clone(), out.clone(), lse.clone());
+        drop(B::causal_attention_backward(dout, qkv.clone(), out, lse, heads, Dropout::OFF, HELD));
+    })?;
+    device.memory_cleanup();
+    Ok(())
+}
+
 /// A row for each operation but attention, at a model's sizes (batch, time, channels, vocabulary) and in its type of activations.
 fn operations(device: &Device, [batch, time, c, vocab]: [usize; 4], dtype: DType) -> Result<()> {
     const F32: usize = size_of::<f32>();
@@ -172,15 +249,9 @@ fn operations(device: &Device, [batch, time, c, vocab]: [usize; 4], dtype: DType
     let stored = |shape: &[usize]| random(shape, dtype, device);
     let single = |shape: &[usize]| random(shape, DType::F32, device);
     let dropout = Dropout { probability: 0.2, seed: 1, step: 0, site: 1 };
-    let row = |name: &str, sizes: &[usize], variant: &str, least: Least, call: &(dyn Fn() + Sync)| -> Result<()> {
-        let (ms, timer) = time_of(device, call)?;
-        let sizes = sizes.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
-        let rate = match least {
-            Least::Flops(flops) => format!("{:.1} TFLOP/s", flops as f64 / ms / 1e9),
-            Least::Bytes(bytes) => format!("{:.0} GB/s", bytes as f64 / ms / 1e6),
-        };
-        println!("| {name} | {sizes} | {} | {variant} | {ms:.4} | {rate} | {timer} |", if f16 { "f16" } else { "f32" });
-        Ok(())
+    let dtype_name = if f16 { "f16" } else { "f32" };
+    let row = |name: &str, sizes: &[usize], variant: &str, least: Least, call: &(dyn Fn() + Sync)| {
+        operation(device, [name, dtype_name, variant], sizes, least, call)
     };
     let composed = (Kernels::Composed, "composed".to_string());
 

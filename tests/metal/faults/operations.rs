@@ -170,7 +170,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "another row's residual", kernel: "linear_scalar", constants: &[SMALL, RESIDUAL_SINGLES],
-        from: "sums[2u * i + 1u], others[2u * (i % HELD_ROWS) + 1u]", to: "sums[2u * i + 1u], others[1u]", found_by: Layer::Values,
+        from: "others[COL_QUADS * (i % HELD_ROWS) + j],", to: "others[j],", found_by: Layer::Values,
     },
     Fault {
         what: "a decay that grows", kernel: "gelu_gradient", constants: &["const GELU_TANH: bool = true;"],

@@ -1,7 +1,9 @@
 //! Linear layers with what follows them: bias, bias + GELU, bias + dropout + residual.
 
+mod beside;
 mod composed;
 mod gradient;
+mod header;
 pub mod product;
 pub mod tiles;
 
@@ -10,7 +12,9 @@ use burn::tensor::{DType, FloatDType, Shape, Tensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use serde::{Deserialize, Serialize};
 
-use self::product::{Product, sum_parts, sum_parts_kernel};
+pub(super) use self::beside::elem;
+pub use self::beside::{BLOCK_ROWS, column_sum_kernel, gelu_gradient_kernel, kernels};
+use self::product::{Product, sum_parts};
 use self::tiles::{Epilogue, Layout, has_slopes};
 use super::dropout::{Dropout, DropoutOps};
 use super::{Optional, gradient_scale, hold};
@@ -18,7 +22,7 @@ use crate::cpu::{
     self,
     product::{Matrix, MatrixMut, product, product_of},
 };
-use crate::kernel::{self, Capabilities, Kernel, Made, Variant, fold, matrix};
+use crate::kernel::{self, Variant, fold, matrix};
 
 /// Which GELU: GPT-2 was trained with the tanh approximation, nanoGPT uses the exact one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -203,58 +207,6 @@ fn empty_with_columns(like: &CubeTensor, columns: usize, dtype: DType) -> CubeTe
     let last = shape.num_dims() - 1;
     shape[last] = columns;
     kernel::empty_of(like, shape, dtype)
-}
-
-/// The type of a kernel's elements, as its header begins.
-pub(super) fn elem(f16: bool) -> &'static str {
-    if f16 { "enable f16;\nalias elem = f16;\n" } else { "alias elem = f32;\n" }
-}
-
-/// Rows that one invocation of [`column_sum_kernel`] sums.
-pub const BLOCK_ROWS: usize = 128;
-
-/// The kernel of a bias's gradient: the columns' sums over blocks of [`BLOCK_ROWS`] rows.
-pub fn column_sum_kernel(f16: bool) -> Kernel {
-    static MADE: Made<bool> = Made::new();
-    MADE.get(f16, |&f16| make_column_sum(f16))
-}
-
-fn make_column_sum(f16: bool) -> Kernel {
-    let header = format!("{}const BLOCK_ROWS: u32 = {BLOCK_ROWS}u;\n", elem(f16));
-    Kernel::new("column_sum", header, vec![include_str!("../../wgsl/column_sum.wgsl")], (64, 1, 1))
-}
-
-/// The kernel of GELU's gradient, given and made in f16 (or f32), four elements an invocation.
-pub fn gelu_gradient_kernel(gelu: Gelu, f16: [bool; 2]) -> Kernel {
-    static MADE: Made<(Gelu, [bool; 2])> = Made::new();
-    MADE.get((gelu, f16), |&(gelu, f16)| make_gelu_gradient(gelu, f16))
-}
-
-fn make_gelu_gradient(gelu: Gelu, f16: [bool; 2]) -> Kernel {
-    let enable = if f16.contains(&true) { "enable f16;\n" } else { "" };
-    let [given, made] = f16.map(|f16| if f16 { "f16" } else { "f32" });
-    let header = format!(
-        "{enable}alias elem = {given};\nalias out_elem = {made};\nconst GELU_TANH: bool = {};\n",
-        gelu == Gelu::Tanh
-    );
-    let files = vec![include_str!("../../wgsl/gelu.wgsl"), include_str!("../../wgsl/gelu_gradient.wgsl")];
-    Kernel::new("gelu_gradient", header, files, (256, 1, 1))
-}
-
-/// Every kernel of linear layers that a device with these capabilities can be given.
-pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
-    let mut kernels = tiles::kernels(capabilities);
-    for f16 in [false, true] {
-        kernels.push(column_sum_kernel(f16));
-    }
-    for gelu in [Gelu::Erf, Gelu::Tanh] {
-        kernels.extend([[false; 2], [true; 2], [false, true]].map(|f16| gelu_gradient_kernel(gelu, f16)));
-    }
-    for elements in [1, 4] {
-        kernels.extend([false, true].map(|accumulate| sum_parts_kernel(elements, accumulate, false).0));
-        kernels.push(sum_parts_kernel(elements, false, true).0);
-    }
-    kernels
 }
 
 /// epilogue(x wᵀ + b) into a new tensor, of extra's type where that is read, else of x's.

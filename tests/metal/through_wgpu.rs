@@ -114,8 +114,8 @@ fn cooperative_kernels_run_through_wgpu() {
     }
     assert_eq!(
         count,
-        6 + 5,
-        "forward, dq and dkv, of f32 and of f16 tensors; two, two and one of the products' layouts"
+        9 + 6,
+        "forward, dq and dkv, of f32 tensors, of f16 and of both; two, three (one of a held gradient) and one of the products' layouts"
     );
 }
 

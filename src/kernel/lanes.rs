@@ -27,9 +27,9 @@ impl Lanes {
         self.width == 4
     }
 
-    /// A kernel made of `files` for lanes of this width: `f16` says whether activations that are given, and
-    /// those that are made, are stored in f16, else f32; `constants` are declared in its header, and what the lanes are is put in front of the files. Files and threads have to follow from `name` and `constants`:
-    /// a kernel is made once for those.
+    /// A kernel made of `files` for lanes of this width: `f16` says whether activations that are given, and those that are made, are
+    /// stored in f16, else f32; `constants` are declared in its header, and what the lanes are is put in front of the files. Files and
+    /// threads have to follow from `name` and `constants`: a kernel is made once for those.
     pub fn kernel(
         self,
         name: &'static str,
@@ -44,12 +44,7 @@ impl Lanes {
             (key.0, key.1, key.2, key.3.as_str()) == (self.width, name, f16, constants)
         };
         MADE.find(is, || {
-            let enable = if f16.contains(&true) { "enable f16;\n" } else { "" };
-            let [elem, out_elem] = f16.map(|f16| if f16 { "f16" } else { "f32" });
-            let header = format!(
-                "{enable}alias elem = {elem};\nalias out_elem = {out_elem};\nconst WIDTH: u32 = {}u;\n{constants}",
-                self.width
-            );
+            let header = format!("{}const WIDTH: u32 = {}u;\n{constants}", types(f16), self.width);
             let lanes = if self.is_quads() {
                 include_str!("../../wgsl/lanes4.wgsl")
             } else {
@@ -59,6 +54,13 @@ impl Lanes {
             ((self.width, name, f16, constants.into()), Kernel::new(name, header, files, (threads, 1, 1)))
         })
     }
+}
+
+/// How a header begins whose kernel is given elem and makes out_elem, each f16 or f32.
+pub fn types(f16: [bool; 2]) -> String {
+    let enable = if f16.contains(&true) { "enable f16;\n" } else { "" };
+    let [elem, out_elem] = f16.map(|f16| if f16 { "f16" } else { "f32" });
+    format!("{enable}alias elem = {elem};\nalias out_elem = {out_elem};\n")
 }
 
 /// Whether our kernels serve an operation on `tensor`: the user wants them, and they exist for its type and for `case`, what

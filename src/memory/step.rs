@@ -178,6 +178,11 @@ impl<'a> Replayer<'a> {
         !self.shape.f16 && matches!(self.shape.engine, Engine::Kernels(variant) if variant.rounds_f32())
     }
 
+    /// Whether the blocks' products multiply f16.
+    fn multiplies_f16(&self) -> bool {
+        self.shape.f16 || self.is_mixed()
+    }
+
     /// Bytes of (B, T, C).
     fn hidden(&self) -> u64 {
         self.rows() * self.channels() * self.element()
@@ -290,7 +295,7 @@ impl<'a> Replayer<'a> {
 
     /// The weights of the blocks' products in f16, where these multiply f16.
     fn rounded_weights(&mut self) -> Vec<Buffer> {
-        if !self.shape.f16 && !self.is_mixed() {
+        if !self.multiplies_f16() {
             return Vec::new();
         }
         let (c, blocks) = (self.channels(), self.shape.gpt.n_layer);

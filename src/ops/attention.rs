@@ -52,8 +52,7 @@ pub trait AttentionOps: DropoutOps {
         dropout: Dropout,
         held: Option<f32>,
     ) -> FloatTensor<Self> {
-        let qkv = widen::<Self>(qkv, held.is_some());
-        hold::<Self>(composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout), held)
+        composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout, held)
     }
 }
 
@@ -136,8 +135,7 @@ impl AttentionOps for Flex {
         held: Option<f32>,
     ) -> FloatTensor<Self> {
         let Some(sizes) = cpu_sizes(&qkv, n_head) else {
-            let qkv = widen::<Self>(qkv, held.is_some());
-            return hold::<Self>(composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout), held);
+            return composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout, held);
         };
         let [dout, qkv, out, lse] = [dout, qkv, out, lse].map(cpu::contiguous);
         let [given_dout, given_qkv, given_out, given_lse] = [&dout, &qkv, &out, &lse].map(cpu::values);
@@ -171,8 +169,9 @@ fn composed_backward<B: DropoutOps>(
     lse: FloatTensor<B>,
     n_head: usize,
     dropout: Dropout,
+    held: Option<f32>,
 ) -> FloatTensor<B> {
-    let (q, k, v) = split_heads::<B>(qkv, n_head);
+    let (q, k, v) = split_heads::<B>(widen::<B>(qkv, held.is_some()), n_head);
     let head_dim = q.shape()[3];
     let dout_heads = heads::<B>(dout, n_head); // (B, H, T, D)
     let out_heads = heads::<B>(out, n_head);
@@ -190,7 +189,7 @@ fn composed_backward<B: DropoutOps>(
     // s = q kᵀ / √D  =>  dq = ds k / √D, dk = dsᵀ q / √D
     let dq = B::float_matmul(ds.clone(), k);
     let dk = B::float_matmul(B::float_swap_dims(ds, 2, 3), q);
-    B::float_cat(vec![merge_heads::<B>(dq), merge_heads::<B>(dk), merge_heads::<B>(dv)], 2)
+    hold::<B>(B::float_cat(vec![merge_heads::<B>(dq), merge_heads::<B>(dk), merge_heads::<B>(dv)], 2), held)
 }
 
 /// The kernels that serve `qkv` under the user's choice, and beside it an f32 out where `is_mixed`; none: the composed version.
@@ -298,8 +297,7 @@ impl AttentionOps for CubeBackend {
         let Some(variant) = variant(&qkv, n_head, held.is_some()) else {
             let dtype = qkv.dtype.into();
             let [dout, qkv, out] = [dout, qkv, out].map(|tensor| Self::float_cast(tensor, FloatDType::F32));
-            let dqkv = composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout);
-            return Self::float_cast(hold::<Self>(dqkv, held), dtype);
+            return Self::float_cast(composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout, held), dtype);
         };
         let (dout, qkv, out, lse) =
             (into_contiguous(dout), into_contiguous(qkv), into_contiguous(out), into_contiguous(lse));

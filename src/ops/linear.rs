@@ -17,7 +17,7 @@ pub use self::beside::{BLOCK_ROWS, column_sum_kernel, gelu_gradient_kernel, kern
 use self::product::{Product, sum_parts};
 use self::tiles::{Epilogue, Layout, has_slopes};
 use super::dropout::{Dropout, DropoutOps};
-use super::{Optional, gradient_scale, hold};
+use super::{Optional, hold};
 use crate::cpu::{
     self,
     product::{Matrix, MatrixMut, product, product_of},
@@ -248,8 +248,7 @@ fn input_gradient(
     let ((rows, outputs), inputs) = (matrix(&dy), w.meta.shape()[1]);
     let dx = empty_with_columns(&dy, inputs, if held.is_some() { DType::F32 } else { dy.dtype });
     let product = Product::plain(Layout::Nn, &dy, &w, rows, inputs, outputs);
-    let (scale, is_held) = (held.unwrap_or_else(|| gradient_scale(&dy, rows)), held.is_some());
-    Product { scale, is_held, epilogue, extra, ..product }.launch(variant, &dx);
+    Product { epilogue, extra, ..product.of_gradient(rows, held) }.launch(variant, &dx);
     dx
 }
 
@@ -279,6 +278,7 @@ impl LinearOps for CubeBackend {
             return Self::gelu_dh(Self::linear_dx(dy, w, held), h, gelu, held);
         };
         let epilogue = Epilogue::GeluSlope { tanh: gelu == Gelu::Tanh };
+        // A held dy's factor goes on to dh.
         input_gradient(variant, dy, w, (epilogue, Some(&into_contiguous(h))), None)
     }
 
@@ -289,9 +289,8 @@ impl LinearOps for CubeBackend {
         let (dy, x) = (into_contiguous(dy), into_contiguous(x));
         let ((rows, outputs), (_, inputs)) = (matrix(&dy), matrix(&x));
         let dw = kernel::empty_of(&dy, Shape::new([outputs, inputs]), DType::F32);
-        let (scale, is_held) = (held.unwrap_or_else(|| gradient_scale(&dy, rows)), held.is_some());
         let product = Product::plain(Layout::Tn, &dy, &x, outputs, inputs, rows);
-        Product { scale, is_held, ..product }.launch_tall(variant, &dw, false);
+        product.of_gradient(rows, held).launch_tall(variant, &dw, false);
         dw
     }
 

@@ -96,7 +96,7 @@ impl Replayer<'_> {
     /// dnormed, then the norm, added to what came past the half.
     fn input_backward(&mut self, dy: Buffer, dh: Buffer, outputs: u64, half: (Buffer, [Buffer; 2], Buffer)) -> Buffer {
         let (x, stats, normed) = half;
-        self.weight_gradient(outputs * self.channels(), self.channels(), self.shape.f16 || self.is_mixed());
+        self.weight_gradient(outputs * self.channels(), self.channels(), self.multiplies_f16());
         self.give(normed);
         let dnormed = self.cotangent("x", 1);
         self.give(dh);

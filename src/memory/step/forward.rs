@@ -108,7 +108,8 @@ impl Replayer<'_> {
         (chunk.min(rows) as u64, stride as u64)
     }
 
-    /// The parts of a product (m, n) over k that is split, of two factors in f16 or not. A whole one is added where it is made, but by Burn's primitives.
+    /// The parts of a product (m, n) over k that is split, of two factors in f16 or not. A whole one is added where it is made, but by
+    /// Burn's primitives.
     pub(super) fn parts(&mut self, [m, n, k]: [u64; 3], f16: bool, accumulate: bool) {
         let count = match self.shape.engine {
             Engine::Kernels(variant) => *self.splits.entry(([m, n, k], f16)).or_insert_with(|| {

@@ -3,6 +3,7 @@
 use super::Gelu;
 use super::product::sum_parts_kernel;
 use super::tiles;
+use crate::kernel::lanes::types;
 use crate::kernel::{Capabilities, Kernel, Made};
 
 /// The type of a kernel's elements, as its header begins.
@@ -31,12 +32,7 @@ pub fn gelu_gradient_kernel(gelu: Gelu, f16: [bool; 2]) -> Kernel {
 }
 
 fn make_gelu_gradient(gelu: Gelu, f16: [bool; 2]) -> Kernel {
-    let enable = if f16.contains(&true) { "enable f16;\n" } else { "" };
-    let [given, made] = f16.map(|f16| if f16 { "f16" } else { "f32" });
-    let header = format!(
-        "{enable}alias elem = {given};\nalias out_elem = {made};\nconst GELU_TANH: bool = {};\n",
-        gelu == Gelu::Tanh
-    );
+    let header = format!("{}const GELU_TANH: bool = {};\n", types(f16), gelu == Gelu::Tanh);
     let files = vec![include_str!("../../../wgsl/gelu.wgsl"), include_str!("../../../wgsl/gelu_gradient.wgsl")];
     Kernel::new("gelu_gradient", header, files, (256, 1, 1))
 }

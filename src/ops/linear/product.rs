@@ -7,6 +7,7 @@ use super::tiles::{self, Access, Epilogue, Factor, Layout, Ragged, Spec, Tile, g
 use crate::kernel::lanes::Lanes;
 use crate::kernel::{self, Kernel, Variant, Work, fold};
 use crate::ops::dropout::Dropout;
+use crate::ops::gradient_scale;
 
 /// Steps over K that a workgroup's first loads and its epilogue take as long as.
 const OVERHEAD_STEPS: usize = 2;
@@ -65,6 +66,12 @@ impl<'a> Product<'a> {
         let (scale, epilogue, dropout) = (1.0, Epilogue::Plain, Dropout::OFF);
         let is_held = false;
         Self { layout, a, b, m, n, k, strides, scale, is_held, epilogue, bias: None, extra: None, dropout }
+    }
+
+    /// The same where A is a gradient of so many rows, which may be stored `held` times itself.
+    pub fn of_gradient(self, rows: usize, held: Option<f32>) -> Self {
+        let scale = held.unwrap_or_else(|| gradient_scale(self.a, rows));
+        Self { scale, is_held: held.is_some(), ..self }
     }
 
     /// Whether both factors are f16.

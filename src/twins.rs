@@ -266,25 +266,28 @@ pub fn attention_backward(dout: &[f64], qkv: &[f64], s: AttentionShape, dropout:
     let scale = 1.0 / (s.head_dim as f64).sqrt();
     for_each_row(qkv, s, dropout, |row| {
         let (b, h, query) = (row.b, row.h, row.query);
-        let mut dp = vec![0.0; query + 1];
-        for key in 0..=query {
+        for (key, ds) in row.score_gradients(dout, qkv, s).into_iter().enumerate() {
+            let ds = ds * scale;
             for d in 0..s.head_dim {
                 let go = dout[s.merged(b, query, h, d)];
-                // out = Σ p factor v  =>  dv = p factor dout, dp = factor dout · v
                 dqkv[s.packed(b, key, 2, h, d)] += row.probabilities[key] * row.factors[key] * go;
-                dp[key] += row.factors[key] * go * qkv[s.packed(b, key, 2, h, d)];
-            }
-        }
-        let sum: f64 = dp.iter().zip(row.probabilities).map(|(dp, p)| dp * p).sum();
-        for key in 0..=query {
-            let ds = row.probabilities[key] * (dp[key] - sum) * scale;
-            for d in 0..s.head_dim {
                 dqkv[s.packed(b, query, 0, h, d)] += ds * qkv[s.packed(b, key, 1, h, d)];
                 dqkv[s.packed(b, key, 1, h, d)] += ds * qkv[s.packed(b, query, 0, h, d)];
             }
         }
     });
     dqkv
+}
+
+/// The gradients of [`attention`]'s scaled scores, transposed: dSᵀ (B, H, T keys, T queries), 0 for the future.
+pub fn score_gradients(dout: &[f64], qkv: &[f64], s: AttentionShape, dropout: Dropout) -> Vec<f64> {
+    let mut gradients = vec![0.0; s.batch * s.heads * s.time * s.time];
+    for_each_row(qkv, s, dropout, |row| {
+        for (key, ds) in row.score_gradients(dout, qkv, s).into_iter().enumerate() {
+            gradients[((row.b * s.heads + row.h) * s.time + key) * s.time + row.query] = ds;
+        }
+    });
+    gradients
 }
 
 /// One query's row of the score matrix.
@@ -295,6 +298,20 @@ struct Row<'a> {
     probabilities: &'a [f64],
     factors: &'a [f64],
     lse: f64,
+}
+
+impl Row<'_> {
+    /// out = Σ p factor v, with p = softmax(s)  =>  dp = factor dout · v, ds = p (dp - Σ dp p); one for each key up to the query.
+    fn score_gradients(&self, dout: &[f64], qkv: &[f64], s: AttentionShape) -> Vec<f64> {
+        let product = |key: usize, d: usize| {
+            dout[s.merged(self.b, self.query, self.h, d)] * qkv[s.packed(self.b, key, 2, self.h, d)]
+        };
+        let dp: Vec<f64> = (0..=self.query)
+            .map(|key| self.factors[key] * (0..s.head_dim).map(|d| product(key, d)).sum::<f64>())
+            .collect();
+        let sum: f64 = dp.iter().zip(self.probabilities).map(|(dp, p)| dp * p).sum();
+        dp.iter().zip(self.probabilities).map(|(dp, p)| p * (dp - sum)).collect()
+    }
 }
 
 fn for_each_row(qkv: &[f64], s: AttentionShape, dropout: Dropout, mut visit: impl FnMut(Row)) {

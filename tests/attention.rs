@@ -8,8 +8,8 @@ use common::guarded::{Guarded, primitive};
 use common::twins::{self, AttentionShape};
 use common::*;
 use gpt_wgpu::kernel::{self, Kernels};
-use gpt_wgpu::ops::attention::tiles::{self, HEAD_DIMS, Pass, Variant};
-use gpt_wgpu::ops::attention::{causal_attention, launch, launch_delta};
+use gpt_wgpu::ops::attention::tiles::{self, HEAD_DIMS, Pass, Variant, Version};
+use gpt_wgpu::ops::attention::{causal_attention, heads_kept, launch, launch_delta, launch_gradients};
 use gpt_wgpu::ops::dropout::Dropout;
 
 const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 0xfeed_beef_cafe, step: 3, site: 0x101 };
@@ -18,12 +18,8 @@ fn shape(batch: usize, time: usize, heads: usize, head_dim: usize) -> AttentionS
     AttentionShape { batch, time, heads, head_dim }
 }
 
-/// A variant, and whether its tiles are those of a device with few registers.
-#[derive(Clone, Copy, Debug)]
-struct Version {
-    variant: Variant,
-    few_registers: bool,
-}
+/// For how many heads dS is kept at a time: not at all, and for two, which leaves one over where their number is odd.
+const KEPT: [usize; 2] = [0, 2];
 
 /// What the adapter can run for f16 (or f32) tensors: the scalar variant with both kinds of tiles.
 fn versions(device: &Device, f16: bool) -> Vec<Version> {
@@ -41,10 +37,9 @@ fn assert_near(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     assert_close(what, &scale(got), &scale(want), tolerance);
 }
 
-/// Runs all four kernels of `variant` over guarded outputs and compares each with the twins.
+/// Runs the kernels of `version` over guarded outputs and compares each with the twins.
 fn check(device: &Device, version: Version, tolerance: f64, s: AttentionShape, dropout: Dropout, scale: f64) {
     let what = |part: &str| format!("{version:?} {s:?} dropout {} {part}", dropout.is_on());
-    let Version { variant, few_registers } = version;
     let mut random = Random((s.time * 131 + s.head_dim) as u64);
     let channels = s.channels();
     let mut qkv = random.vec(s.batch * s.time * 3 * channels);
@@ -55,7 +50,7 @@ fn check(device: &Device, version: Version, tolerance: f64, s: AttentionShape, d
     let tokens = (s.batch * s.time) as f64;
     let dout: Vec<f64> =
         random.vec(s.batch * s.time * channels).iter().map(|v| f64::from((v / tokens / 100.0) as f32)).collect();
-    if matches!(variant, Variant::Coop { f16: true, .. }) {
+    if version.variant.rounds_f32() {
         // The kernel rounds its inputs to f16; with large logits that alone moves the result.
         qkv.iter_mut().for_each(|v| *v = half::f16::from_f64(*v).to_f64());
     }
@@ -67,17 +62,18 @@ fn check(device: &Device, version: Version, tolerance: f64, s: AttentionShape, d
     let out = Guarded::new([s.batch, s.time, channels], device);
     let lse = Guarded::new([s.batch, s.heads, s.time, 1], device);
     let delta = Guarded::new([s.batch, s.heads, s.time, 1], device);
-    let dqkv = Guarded::new([s.batch, s.time, 3 * channels], device);
-    launch(Pass::Forward, variant, few_registers, s.heads, dropout, &input, &[&input, &out.inside, &lse.inside]);
+    launch(Pass::Forward, version, s.heads, dropout, &[&input, &out.inside, &lse.inside]);
     launch_delta(s.heads, &input, &[&cotangent, &out.inside, &delta.inside]);
-    let tensors = [&input, &cotangent, &lse.inside, &delta.inside, &dqkv.inside];
-    launch(Pass::Dq, variant, few_registers, s.heads, dropout, &input, &tensors);
-    launch(Pass::Dkv, variant, few_registers, s.heads, dropout, &input, &tensors);
 
+    for kept in KEPT {
+        let dqkv = Guarded::new([s.batch, s.time, 3 * channels], device);
+        let tensors = [&input, &cotangent, &lse.inside, &delta.inside, &dqkv.inside];
+        launch_gradients(version, s.heads, dropout, kept, tensors);
+        assert_near(&what(&format!("dqkv, dS kept of {kept} heads")), &dqkv.values("dqkv"), &want_dqkv, tolerance);
+    }
     assert_near(&what("out"), &out.values("out"), &want_out, tolerance);
     assert_close(&what("lse"), &lse.values("lse"), &want_lse, if tolerance > 1e-2 { 5e-3 } else { 1e-5 });
     delta.values("delta");
-    assert_near(&what("dqkv"), &dqkv.values("dqkv"), &want_dqkv, tolerance);
 }
 
 /// Runs `test` for everything that the adapter can run for f32 tensors, with the tolerance relative to the root mean square: f16
@@ -90,7 +86,7 @@ fn on_gpu(test: impl Fn(&Device, Version, f64)) {
     let versions = versions(&device, false);
     assert!(versions.iter().any(|version| version.variant == Variant::Scalar));
     for version in versions {
-        let tolerance = if matches!(version.variant, Variant::Coop { f16: true, .. }) { 3e-2 } else { 2e-4 };
+        let tolerance = if version.variant.rounds_f32() { 3e-2 } else { 2e-4 };
         test(&device, version, tolerance);
     }
 }
@@ -140,7 +136,6 @@ fn f16_tensors() {
         eprintln!("SKIPPED: the adapter has no f16");
     }
     for version in versions {
-        let Version { variant, few_registers } = version;
         for (s, dropout) in [
             (shape(1, 1, 1, 16), Dropout::OFF),
             (shape(2, 33, 3, 64), DROPOUT),
@@ -165,27 +160,39 @@ fn f16_tensors() {
             let input = primitive(half(&qkv, 3 * channels));
             let cotangent = primitive(half(&dout, channels));
             let out = half(&vec![f64::NAN; dout.len()], channels);
-            let dqkv = half(&vec![f64::NAN; qkv.len()], 3 * channels);
-            let (out_inside, dqkv_inside) = (primitive(out.clone()), primitive(dqkv.clone()));
+            let out_inside = primitive(out.clone());
             let rows = [s.batch, s.heads, s.time, 1];
             let (lse, delta) = (Guarded::new(rows, &device), Guarded::new(rows, &device));
-            launch(
-                Pass::Forward,
-                variant,
-                few_registers,
-                s.heads,
-                dropout,
-                &input,
-                &[&input, &out_inside, &lse.inside],
-            );
+            launch(Pass::Forward, version, s.heads, dropout, &[&input, &out_inside, &lse.inside]);
             launch_delta(s.heads, &input, &[&cotangent, &out_inside, &delta.inside]);
-            let tensors = [&input, &cotangent, &lse.inside, &delta.inside, &dqkv_inside];
-            launch(Pass::Dq, variant, few_registers, s.heads, dropout, &input, &tensors);
-            launch(Pass::Dkv, variant, few_registers, s.heads, dropout, &input, &tensors);
             assert_near(&what("out"), &values(out.cast(FloatDType::F32)), &want_out, 1e-2);
-            assert_near(&what("dqkv"), &values(dqkv.cast(FloatDType::F32)), &want_dqkv, 3e-2);
+            for kept in KEPT {
+                let dqkv = half(&vec![f64::NAN; qkv.len()], 3 * channels);
+                let inside = primitive(dqkv.clone());
+                let tensors = [&input, &cotangent, &lse.inside, &delta.inside, &inside];
+                launch_gradients(version, s.heads, dropout, kept, tensors);
+                let what = what(&format!("dqkv, dS kept of {kept} heads"));
+                assert_near(&what, &values(dqkv.cast(FloatDType::F32)), &want_dqkv, 3e-2);
+            }
         }
     }
+}
+
+/// dS is kept for all heads where 512 MiB hold them, else in rounds of one size, and not at all where one head is too large.
+#[test]
+fn score_gradients_are_kept_in_equal_rounds() {
+    let f32 = |heads, time, largest_buffer| heads_kept(Variant::Scalar, heads, time, largest_buffer);
+    let any = u64::MAX;
+    assert_eq!(f32(96, 1024, any), 96);
+    assert_eq!(heads_kept(Variant::Coop { edge: 16, f16: true }, 192, 1024, any), 192);
+    assert_eq!(heads_kept(Variant::Coop { edge: 8, f16: false }, 192, 1024, any), 96);
+    assert_eq!(f32(129, 1024, any), 65);
+    assert_eq!(f32(1, 1, any), 1);
+    assert_eq!(f32(12, 11584, any), 1);
+    assert_eq!(f32(12, 11588, any), 0);
+    assert_eq!(f32(96, 1024, 128 << 20), 32);
+    assert_eq!(f32(96, 1024, 4 << 20), 1);
+    assert_eq!(f32(96, 1024, (4 << 20) - 1), 0);
 }
 
 /// Without a gradient asked for, nothing is recorded; with one, it is the same whatever else wants gradients.
@@ -236,15 +243,7 @@ fn no_output_sees_a_later_token_to_the_bit() {
             let input = primitive(tensor(qkv, [1, s.time, width], device));
             let out = Guarded::new([1, s.time, s.channels()], device);
             let lse = Guarded::new([1, s.heads, s.time, 1], device);
-            launch(
-                Pass::Forward,
-                version.variant,
-                version.few_registers,
-                s.heads,
-                Dropout::OFF,
-                &input,
-                &[&input, &out.inside, &lse.inside],
-            );
+            launch(Pass::Forward, version, s.heads, Dropout::OFF, &[&input, &out.inside, &lse.inside]);
             out.values("out")
         };
         let before = run(&qkv);

@@ -11,11 +11,12 @@
 //             dP' = V dOut^T                                       matrices
 //             for each row block, through the same scratch: dS' = P' * (dropout'(dP') - delta); dS' to matrices
 //             dV += dropout(P') dOut;  dK += dS' Q                 matrices
+//             keep_score_gradients: dS' for dQ                     matrices, by the file beside it
 //     dK *= scale
 // The forward is out = dropout(P) V. dS is kept unscaled: in f16 the scale would cost it exponents at the small end.
 // Workgroups with the most queries are launched first; tiles above the diagonal are never visited.
 //
-// Header (beside it attention_coop_memory.wgsl, and philox.wgsl):
+// Header (beside it attention_coop_memory.wgsl, philox.wgsl, and attention_coop_ds.wgsl or attention_coop_no_ds.wgsl):
 //     enable f16 (unless both types are f32); enable wgpu_cooperative_matrix
 //     elem           f32 or f16, the type of qkv and dqkv
 //     out_elem       f32 or f16, the type of dout
@@ -31,17 +32,18 @@
 //     SCORE_COLS     queries of a group, divides BLOCK_Q, a multiple of EDGE and of 4 * SUBGROUP_SIZE / EDGE,
 //                    at most 4 * EDGE
 //     DROPOUT        bool
+//     CLOCK, PARAMS  the last two bindings
 // Workgroup: SUBGROUPS * SUBGROUP_SIZE threads.
-// Grid: batch * heads * ceil(seq_len / BLOCK_K) workgroups, folded into (x, y) when over 65535.
+// Grid: head_count * ceil(seq_len / BLOCK_K) workgroups, folded into (x, y) when over 65535.
 //
 // Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) out_elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
-//           4 dqkv (B, T, 3C) elem, its k and v thirds are written; 5 clock (4) u32; 6 params.
+//           4 dqkv (B, T, 3C) elem, its k and v thirds are written; CLOCK clock (4) u32; PARAMS params.
 
 struct Params {
-    batch: u32,
+    head_count: u32, // of the batch * heads, those of this launch ...
     heads: u32,
     seq_len: u32,
-    row_offset: u32,     // unused
+    first_head: u32, // ... from this one on
     seed_lo: u32,
     seed_hi: u32,
     step: u32, // of the masks, counted from the clock
@@ -57,10 +59,11 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
 @group(0) @binding(3) var<storage, read_write> delta: array<f32>;
 @group(0) @binding(4) var<storage, read_write> dqkv: array<vec4<elem>>;
-@group(0) @binding(5) var<storage, read_write> clock: array<u32>;
-@group(0) @binding(6) var<uniform> params: Params;
+@group(0) @binding(CLOCK) var<storage, read_write> clock: array<u32>;
+@group(0) @binding(PARAMS) var<uniform> params: Params;
 
 var<private> drop_step: u32; // the counter of the masks
+var<private> launch_head: u32; // this workgroup's among those of the launch
 
 const LOG2_E: f32 = 1.4426950408889634;
 const MASKED: f32 = -1e30;  // finite: fast math may assume that no infinity exists
@@ -517,8 +520,8 @@ fn probability_block(
     }
 }
 
-// scores = V dOut^T of one row block and one group of queries -> score_gradients
-fn gradient_block(block: u32, group: u32) {
+// scores = V dOut^T of one row block and one group of queries -> score_gradients; first_key is the row block's, first_query the group's.
+fn gradient_block(block: u32, first_key: u32, first_query: u32, group: u32) {
     for (var j = 0u; j < SCORE_TILES; j++) {
         let place = (scratch_base + j * EDGE) / PACK;
         let pitch = SCRATCH_PITCH;
@@ -532,6 +535,7 @@ fn gradient_block(block: u32, group: u32) {
     for (var j = 0u; j < SCORE_TILES; j++) {
         score_gradients[block * SCORE_TILES + j] =
             coopLoadT<mat_a>(&operand[(scratch_base + j * EDGE) / PACK], SCRATCH_PITCH);
+        keep_score_gradients(block * SCORE_TILES + j, first_key, first_query + j * EDGE);
     }
 }
 
@@ -543,14 +547,15 @@ fn main(
 ) {
     drop_step = params.step + clock[0];
     let seq_len = params.seq_len;
-    let head_count = params.batch * params.heads;
+    let head_count = params.head_count;
     let key_tiles = (seq_len + BLOCK_K - 1u) / BLOCK_K;
     let tile = workgroup.y * grid.x + workgroup.x;
     if (tile >= head_count * key_tiles) {
         return;
     }
     let key_start = tile / head_count * BLOCK_K;                        // the longest columns first
-    let batch_head = tile % head_count;
+    launch_head = tile % head_count;
+    let batch_head = params.first_head + launch_head;
     let batch = batch_head / params.heads;
     let head = batch_head % params.heads;
     let channel_quads = params.heads * DIM_QUADS;                       // C / 4
@@ -567,7 +572,8 @@ fn main(
     lane_part = thread % LANES_PER_ROW;
     scratch_base = subgroup * SUBGROUP_SCRATCH;
     lane_base = scratch_base + lane_row * SCRATCH_STRIDE + lane_part * 4u;
-    let key = key_start + subgroup * (ROW_BLOCKS * EDGE) + lane_row; // this lane's, in row block 0
+    let first_key = key_start + subgroup * (ROW_BLOCKS * EDGE);      // the subgroup's, in row block 0
+    let key = first_key + lane_row;                                  // this lane's
     let row = batch_head * seq_len;                                  // the first row of lse of this head
 
     load_all_keys(0u, key_base + key * qkv_stride, key < seq_len);
@@ -599,9 +605,9 @@ fn main(
                 probability_block(1u, key + EDGE, row + query, query, group, on_diagonal, exponent_scale);
             }
             add_dv(group); // ... and these while they weigh the gradients
-            gradient_block(0u, group);
+            gradient_block(0u, first_key, query, group);
             if (ROW_BLOCKS > 1u) {
-                gradient_block(1u, group);
+                gradient_block(1u, first_key + EDGE, query, group);
             }
             add_dk(group);
         }

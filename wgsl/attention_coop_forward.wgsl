@@ -39,10 +39,10 @@
 // Bindings: 0 qkv (B, T, 3C) elem; 1 out (B, T, C) out_elem, written; 2 lse (B, H, T) f32, written; 3 clock (4) u32; 4 params.
 
 struct Params {
-    batch: u32,
+    head_count: u32, // batch * heads
     heads: u32,
     seq_len: u32,
-    row_offset: u32,     // unused
+    first_head: u32,     // unused
     seed_lo: u32,
     seed_hi: u32,
     step: u32, // of the masks, counted from the clock
@@ -410,7 +410,7 @@ fn main(
 ) {
     drop_step = params.step + clock[0];
     let seq_len = params.seq_len;
-    let head_count = params.batch * params.heads;
+    let head_count = params.head_count;
     let query_tiles = (seq_len + BLOCK_Q - 1u) / BLOCK_Q;
     let tile = workgroup.y * grid.x + workgroup.x;
     if (tile >= head_count * query_tiles) {

@@ -12,10 +12,10 @@
 // Bindings: 0 dout (B, T, C) elem; 1 out (B, T, C) elem; 2 delta (B, H, T) f32, written; 3 params.
 
 struct Params {
-    batch: u32,
+    head_count: u32, // batch * heads
     heads: u32,
     seq_len: u32,
-    row_offset: u32,     // unused
+    first_head: u32,     // unused
     seed_lo: u32,
     seed_hi: u32,
     step: u32,
@@ -44,7 +44,7 @@ fn main(
     @builtin(num_workgroups) grid: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let rows = params.batch * params.seq_len * params.heads;
+    let rows = params.head_count * params.seq_len;
     let first_row = (workgroup.y * grid.x + workgroup.x) * ROWS;
     for (var index = thread; index < ROWS * DIM_QUADS; index += THREADS) {
         let row = index / DIM_QUADS;

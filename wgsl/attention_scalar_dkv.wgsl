@@ -8,22 +8,24 @@
 //         dV += dropout(P') dOut                             dropout(P') through the left tile
 //         gradients' = V dOut^T;  dS' = P' * (dropout'(gradients') - delta)
 //         dK += dS' Q                                        dS' through the left tile
+//         keep_score_gradients(dS')                          by the file beside it, for dQ
 //     dK *= scale
 // Workgroups with the most queries are launched first; tiles above the diagonal are never visited. Threads whose keys all lie beyond one skip
 // its products where there is dropout, and with them its random words. Where there is none they multiply zeros: the branches cost every tile
 // moves of the sums, 6 % at 1024 tokens.
 //
-// Header: as attention_scalar_products.wgsl, which is prepended, says.
-// Grid: batch * heads * ceil(seq_len / OWN) workgroups, folded into (x, y) when over 65535.
+// Header: as attention_scalar_products.wgsl, which is prepended, says; CLOCK and PARAMS, the last two bindings. Beside it
+// attention_scalar_ds.wgsl or attention_scalar_no_ds.wgsl.
+// Grid: head_count * ceil(seq_len / OWN) workgroups, folded into (x, y) when over 65535.
 //
 // Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
-//           4 dqkv (B, T, 3C) elem, its k and v thirds are written; 5 clock (4) u32; 6 params.
+//           4 dqkv (B, T, 3C) elem, its k and v thirds are written; CLOCK clock (4) u32; PARAMS params.
 
 struct Params {
-    batch: u32,
+    head_count: u32, // of the batch * heads, those of this launch ...
     heads: u32,
     seq_len: u32,
-    row_offset: u32,     // unused
+    first_head: u32, // ... from this one on
     seed_lo: u32,
     seed_hi: u32,
     step: u32, // of the masks, counted from the clock
@@ -39,8 +41,8 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> lse: array<f32>;
 @group(0) @binding(3) var<storage, read_write> delta: array<f32>;
 @group(0) @binding(4) var<storage, read_write> dqkv: array<vec4<elem>>;
-@group(0) @binding(5) var<storage, read_write> clock: array<u32>;
-@group(0) @binding(6) var<uniform> params: Params;
+@group(0) @binding(CLOCK) var<storage, read_write> clock: array<u32>;
+@group(0) @binding(PARAMS) var<uniform> params: Params;
 
 var<private> drop_step: u32; // the counter of the masks
 
@@ -179,14 +181,14 @@ fn main(
 ) {
     drop_step = params.step + clock[0];
     let seq_len = params.seq_len;
-    let head_count = params.batch * params.heads;
+    let head_count = params.head_count;
     let key_tiles = (seq_len + OWN - 1u) / OWN;
     let tile = workgroup.y * grid.x + workgroup.x;
     if (tile >= head_count * key_tiles) {
         return;
     }
     let key_start = tile / head_count * OWN;      // the longest columns first
-    let batch_head = tile % head_count;
+    let batch_head = params.first_head + tile % head_count;
     let batch = batch_head / params.heads;
     let head = batch_head % params.heads;
     let channel_quads = params.heads * DIM_QUADS; // C / 4
@@ -257,6 +259,7 @@ fn main(
             score_gradients_quad(0u, query_start, row_base);
             if (SCORE_QUADS > 1u) { score_gradients_quad(LAST_SCORE_QUAD, query_start, row_base); }
         }
+        keep_score_gradients(query_start, key_start, tile % head_count);
 
         // dK += dS' Q
         fetch_rows(queries);

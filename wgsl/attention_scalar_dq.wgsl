@@ -19,10 +19,10 @@
 //           4 dqkv (B, T, 3C) elem, its q third is written; 5 clock (4) u32; 6 params.
 
 struct Params {
-    batch: u32,
+    head_count: u32, // batch * heads
     heads: u32,
     seq_len: u32,
-    row_offset: u32,     // unused
+    first_head: u32,     // unused
     seed_lo: u32,
     seed_hi: u32,
     step: u32, // of the masks, counted from the clock
@@ -156,7 +156,7 @@ fn main(
 ) {
     drop_step = params.step + clock[0];
     let seq_len = params.seq_len;
-    let head_count = params.batch * params.heads;
+    let head_count = params.head_count;
     let query_tiles = (seq_len + OWN - 1u) / OWN;
     let tile = workgroup.y * grid.x + workgroup.x;
     if (tile >= head_count * query_tiles) {

@@ -2,7 +2,7 @@
 
 pub mod tiles;
 
-use std::sync::Once;
+use std::{ops::Range, sync::Once};
 
 use burn::backend::{
     Autodiff, AutodiffBackend, Backend, Dispatch, Flex, TensorMetadata,
@@ -18,7 +18,7 @@ use burn::backend::{
 use burn::tensor::{DType, FloatDType, Shape, Slice, Tensor, TensorData};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
-use self::tiles::{HEAD_DIMS, Pass, Variant};
+use self::tiles::{HEAD_DIMS, Pass, Variant, Version};
 use super::dropout::{Dropout, DropoutOps};
 use super::{gradient_scale, hold, widen};
 use crate::cpu::{self, attention::Sizes};
@@ -193,7 +193,7 @@ fn composed_backward<B: DropoutOps>(
 }
 
 /// The kernels that serve `qkv` under the user's choice, and beside it an f32 out where `is_mixed`; none: the composed version.
-fn variant(qkv: &CubeTensor, n_head: usize, is_mixed: bool) -> Option<Variant> {
+fn version(qkv: &CubeTensor, n_head: usize, is_mixed: bool) -> Option<Version> {
     let channels = qkv.meta.shape()[2] / 3;
     let head_dim = channels / n_head;
     let variant = kernel::variant(qkv).filter(|variant| !is_mixed || variant.rounds_f32())?;
@@ -206,13 +206,14 @@ fn variant(qkv: &CubeTensor, n_head: usize, is_mixed: bool) -> Option<Variant> {
         });
         return None;
     }
-    Some(variant)
+    Some(Version { variant, few_registers: kernel::few_registers(qkv) })
 }
 
-/// Sizes and dropout as the attention kernels' `Params`, and the factor of a gradient of `out`'s type, which one of qkv in f16 keeps.
-fn params(qkv: &CubeTensor, out: &CubeTensor, n_head: usize, dropout: Dropout) -> Vec<u32> {
+/// Sizes and dropout as the attention kernels' `Params` for some of the batch * heads, and the factor of a gradient of `out`'s type, which one
+/// of qkv in f16 keeps.
+fn params(qkv: &CubeTensor, out: &CubeTensor, n_head: usize, heads: Range<usize>, dropout: Dropout) -> Vec<u32> {
     let [batch, time, _] = qkv.meta.shape().dims::<3>();
-    let mut params = vec![batch as u32, n_head as u32, time as u32, 0];
+    let mut params = vec![heads.len() as u32, n_head as u32, time as u32, heads.start as u32];
     params.extend(dropout.params());
     let scale = gradient_scale(out, batch * time);
     let result = if qkv.dtype == DType::F16 { 1.0 } else { scale.recip() };
@@ -222,30 +223,39 @@ fn params(qkv: &CubeTensor, out: &CubeTensor, n_head: usize, dropout: Dropout) -
 
 /// Queues one of the tiled kernels over `tensors`, bound in the order that its file states; all are contiguous. Cooperative ones take an
 /// f32 out or dout beside qkv in f16 too, and dqkv is held then.
-/// `few_registers` is its device's ([`kernel::Capabilities`]).
 ///
 /// For the tests and benchmarks, which give their own outputs; the model calls [`causal_attention`].
-pub fn launch(
+pub fn launch(pass: Pass, version: Version, n_head: usize, dropout: Dropout, tensors: &[&CubeTensor]) {
+    let heads = 0..tensors[0].meta.shape()[0] * n_head;
+    launch_heads(pass, version, n_head, heads, dropout, tensors, tensors[1]);
+}
+
+/// The same for some of the batch * heads. `out` is what stands for the type of out: it or its gradient.
+fn launch_heads(
     pass: Pass,
-    variant: Variant,
-    few_registers: bool,
+    version: Version,
     n_head: usize,
+    heads: Range<usize>,
     dropout: Dropout,
-    qkv: &CubeTensor,
     tensors: &[&CubeTensor],
+    out: &CubeTensor,
 ) {
-    let [batch, time, width] = qkv.meta.shape().dims::<3>();
-    let f16 = [qkv, tensors[1]].map(|tensor| tensor.dtype == DType::F16);
-    let (kernel, rows) = tiles::kernel(pass, variant, few_registers, width / 3 / n_head, f16, dropout.is_on());
-    let groups = batch * n_head * time.div_ceil(rows as usize);
-    // Two products of the lower triangle forward; backward makes five, of which dQ and dK/dV share S and dP.
-    let products = if pass == Pass::Forward { 2.0 } else { 2.5 };
-    let flops = products * (batch * width / 3) as f64 * (time as f64).powi(2);
-    kernel.with_work(Work { flops, ..Work::default() }).launch(
-        fold(groups as u32),
-        tensors,
-        &params(qkv, tensors[1], n_head, dropout),
-    );
+    let qkv = tensors[0];
+    let [_, time, width] = qkv.meta.shape().dims::<3>();
+    let head_dim = width / 3 / n_head;
+    let f16 = [qkv, out].map(|tensor| tensor.dtype == DType::F16);
+    let (kernel, rows) = tiles::kernel(pass, version, head_dim, f16, dropout.is_on());
+    let groups = heads.len() * time.div_ceil(rows as usize);
+    // Products of the lower triangle: two forward; backward five, of which dQ and dK/dV share S and dP where both make them.
+    let products = match pass {
+        Pass::Forward => 2.0,
+        Pass::Dq | Pass::Dkv => 2.5,
+        Pass::DkvDs => 4.0,
+        Pass::DqOfDs => 1.0,
+    };
+    let flops = products * (heads.len() * head_dim) as f64 * (time as f64).powi(2);
+    let params = params(qkv, out, n_head, heads, dropout);
+    kernel.with_work(Work { flops, ..Work::default() }).launch(fold(groups as u32), tensors, &params);
 }
 
 /// Queues delta = rowsum(dout · out) over [dout, out, delta].
@@ -253,7 +263,58 @@ pub fn launch_delta(n_head: usize, qkv: &CubeTensor, tensors: &[&CubeTensor]) {
     let [batch, time, width] = qkv.meta.shape().dims::<3>();
     let (kernel, rows) = tiles::delta_kernel(width / 3 / n_head, tensors[0].dtype == DType::F16);
     let groups = (batch * time * n_head).div_ceil(rows as usize);
-    kernel.launch(fold(groups as u32), tensors, &params(qkv, tensors[0], n_head, Dropout::OFF));
+    let params = params(qkv, tensors[0], n_head, 0..batch * n_head, Dropout::OFF);
+    kernel.launch(fold(groups as u32), tensors, &params);
+}
+
+/// Queues the gradients over [qkv, dout, lse, delta, dqkv], with dS kept between dK/dV and dQ for `heads_kept` of the batch * heads at a
+/// time; 0: not at all, dQ computes it again.
+pub fn launch_gradients(
+    version: Version,
+    n_head: usize,
+    dropout: Dropout,
+    heads_kept: usize,
+    tensors: [&CubeTensor; 5],
+) {
+    let [qkv, dout, lse, delta, dqkv] = tensors;
+    if heads_kept == 0 {
+        for pass in [Pass::Dq, Pass::Dkv] {
+            launch(pass, version, n_head, dropout, &tensors);
+        }
+        return;
+    }
+    let [batch, time, _] = qkv.meta.shape().dims::<3>();
+    let (dtype, [keys, queries]) = tiles::kept(version.variant, time);
+    let kept = kernel::empty_of(qkv, Shape::new([heads_kept, keys, queries]), dtype);
+    for first in (0..batch * n_head).step_by(heads_kept) {
+        let heads = first..(first + heads_kept).min(batch * n_head);
+        let all = [qkv, dout, lse, delta, dqkv, &kept];
+        launch_heads(Pass::DkvDs, version, n_head, heads.clone(), dropout, &all, dout);
+        launch_heads(Pass::DqOfDs, version, n_head, heads, dropout, &[qkv, &kept, dqkv], dout);
+    }
+}
+
+/// Bytes of one head's dS.
+fn head_kept(variant: Variant, time: usize) -> u64 {
+    let (dtype, [keys, queries]) = tiles::kept(variant, time);
+    (keys * queries * dtype.size()) as u64
+}
+
+/// Bytes of dS that are kept at once, of `heads` heads of `time` tokens.
+pub fn bytes_kept(variant: Variant, heads: usize, time: usize, largest_buffer: u64) -> u64 {
+    heads_kept(variant, heads, time, largest_buffer) as u64 * head_kept(variant, time)
+}
+
+/// Bytes of dS that are kept at once at most: room for the 96 heads of 1024 tokens of GPT-2's 8 sequences in f32. Half of it, and so two rounds
+/// of half as many workgroups, cost 1.3 ms of 154 on an H200.
+const LARGEST_KEPT: u64 = 512 << 20;
+
+/// For how many of `heads` heads of `time` tokens dS is kept at once; 0: none, since not one fits.
+///
+/// dS costs a write and a read and saves two of nine products: D / 2 FLOPs for each byte of f32, D of f16. GPUs make 10 to 30 in the time of one.
+pub fn heads_kept(variant: Variant, heads: usize, time: usize, largest_buffer: u64) -> usize {
+    let most = (LARGEST_KEPT.min(largest_buffer) / head_kept(variant, time)) as usize;
+    if most == 0 { 0 } else { heads.div_ceil(heads.div_ceil(most)) } // rounds of one size
 }
 
 /// A contiguous f32 tensor (B, H, T, 1) on qkv's device.
@@ -272,7 +333,7 @@ impl AttentionOps for CubeBackend {
         whole: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let dtype = if whole { DType::F32 } else { qkv.dtype };
-        let Some(variant) = variant(&qkv, n_head, dtype != qkv.dtype) else {
+        let Some(version) = version(&qkv, n_head, dtype != qkv.dtype) else {
             // In f32: f16 has no room for the mask, nor for sums of exponentials.
             let (out, lse) = composed_forward::<Self>(Self::float_cast(qkv, FloatDType::F32), n_head, dropout);
             return (Self::float_cast(out, dtype.into()), lse);
@@ -281,7 +342,7 @@ impl AttentionOps for CubeBackend {
         let [batch, time, width] = qkv.meta.shape().dims::<3>();
         let out = kernel::empty_of(&qkv, Shape::new([batch, time, width / 3]), dtype);
         let lse = row_values(&qkv, n_head);
-        launch(Pass::Forward, variant, kernel::few_registers(&qkv), n_head, dropout, &qkv, &[&qkv, &out, &lse]);
+        launch(Pass::Forward, version, n_head, dropout, &[&qkv, &out, &lse]);
         (out, lse)
     }
 
@@ -294,7 +355,7 @@ impl AttentionOps for CubeBackend {
         dropout: Dropout,
         held: Option<f32>,
     ) -> FloatTensor<Self> {
-        let Some(variant) = variant(&qkv, n_head, held.is_some()) else {
+        let Some(version) = version(&qkv, n_head, held.is_some()) else {
             let dtype = qkv.dtype.into();
             let [dout, qkv, out] = [dout, qkv, out].map(|tensor| Self::float_cast(tensor, FloatDType::F32));
             return Self::float_cast(composed_backward::<Self>(dout, qkv, out, lse, n_head, dropout, held), dtype);
@@ -304,10 +365,9 @@ impl AttentionOps for CubeBackend {
         let delta = row_values(&qkv, n_head);
         let dqkv = kernel::empty_like(&qkv);
         launch_delta(n_head, &qkv, &[&dout, &out, &delta]);
-        let tensors = [&qkv, &dout, &lse, &delta, &dqkv];
-        for pass in [Pass::Dq, Pass::Dkv] {
-            launch(pass, variant, kernel::few_registers(&qkv), n_head, dropout, &qkv, &tensors);
-        }
+        let [batch, time, _] = qkv.meta.shape().dims::<3>();
+        let heads_kept = heads_kept(version.variant, batch * n_head, time, kernel::largest_buffer(&qkv));
+        launch_gradients(version, n_head, dropout, heads_kept, [&qkv, &dout, &lse, &delta, &dqkv]);
         dqkv
     }
 }

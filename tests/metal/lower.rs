@@ -1,5 +1,7 @@
 //! WGSL to MSL with the options that wgpu-hal 30 gives naga on Metal, and what the text's entry point asks for.
 
+use std::collections::BTreeSet;
+
 use gpt_wgpu::kernel::Kernel;
 use naga::back::msl;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
@@ -129,6 +131,7 @@ impl Shader {
                 if name == "_buffer_sizes" { (4, 4) } else { elements.next().ok_or("more memory than WGSL has")? };
             memories.push(format!("{{\"{name}\", {buffer}, {bytes}, {}, {}}}", known.0, known.1));
         }
+        let msl = once_for_all_spaces(msl);
         // In a namespace without name, so that many kernels fit in one program. The headers must stand outside.
         Ok(format!(
             "#include <metal_stdlib>\n#include <simd/simd.h>\n{}namespace {{\n#line 1\n{msl}\n\
@@ -136,7 +139,7 @@ impl Shader {
              const msl::Memory MEMORIES[] = {{{}}};\n\
              const msl::Kernel KERNEL = {{\"{}\", {threads}, MEMORIES, {}, run_thread}};\n\
              const int ADDED = msl::add_kernel(&KERNEL);\n}}\n",
-            constructors(msl),
+            constructors(&msl),
             passed.join(", "),
             memories.join(", "),
             self.id,
@@ -162,6 +165,22 @@ impl Shader {
             })
             .collect()
     }
+}
+
+/// The text with one of the functions that naga writes for each address space, which C++ cannot tell apart. Lines keep their numbers.
+fn once_for_all_spaces(msl: &str) -> String {
+    let mut seen = BTreeSet::new();
+    let (mut text, mut drops) = (String::new(), false);
+    for line in msl.lines() {
+        let is_function = !line.starts_with(' ') && line.contains('(') && line.ends_with('{');
+        drops |= is_function && !seen.insert(line.replace("device ", "").replace("threadgroup ", ""));
+        if !drops {
+            text += line;
+        }
+        text.push('\n');
+        drops &= line != "}";
+    }
+    text
 }
 
 /// What lets a C++ compiler take `quad(a, b, c, d)` where MSL names a vector `quad`, as the stand-in headers do for `float4`.

@@ -2,6 +2,7 @@
 
 use super::{Buffer, Engine, F32, Half, Kept, Replayer, Use};
 use crate::cpu;
+use crate::ops::attention::bytes_kept;
 use crate::ops::layer_norm::BACKWARD_GROUPS;
 use crate::ops::linear::{BLOCK_ROWS, tiles::has_slopes};
 
@@ -143,6 +144,11 @@ impl Replayer<'_> {
             self.scores(6);
         }
         let dqkv = self.rounded_cotangent("qkv", 3);
+        if let Engine::Kernels(variant) = self.shape.engine {
+            let (heads, time) = (self.shape.batch_size * self.shape.gpt.n_head, self.shape.gpt.block_size);
+            let kept = bytes_kept(variant, heads, time, self.shape.largest_buffer);
+            self.touch("the gradients of the scores", kept);
+        }
         self.blocks_of_scores(if self.shape.dropout { 3 } else { 2 });
         self.give_all(half.inside.into_iter().chain([dout]).chain(delta));
         self.input_backward(dy, dqkv, 3, (half.x, half.stats, half.normed))

@@ -3,13 +3,15 @@
 //! Every row was measured on an NVIDIA H200 against its neighbours (docs/measurements/attention-h200.md); the rows for edge 8
 //! are a start, not measured on any Mac. Small tiles win: 16 keys a tile beat 32, and less workgroup memory beats more.
 
+use burn::tensor::DType;
+
 use crate::kernel::{Capabilities, Kernel, Made, PHILOX, SUBGROUP_SIZE};
 pub use crate::kernel::{Variant, supported};
 
 /// Head dimensions that the kernels exist for; others take the composed version.
 pub const HEAD_DIMS: [usize; 6] = [16, 32, 64, 80, 96, 128];
 
-/// The three kernels that have tiles; delta has none.
+/// The kernels that have tiles; delta has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
     /// out and lse.
@@ -18,6 +20,15 @@ pub enum Pass {
     Dq,
     /// dK and dV.
     Dkv,
+    /// dK, dV, and dS for the next.
+    DkvDs,
+    /// dQ out of dS.
+    DqOfDs,
+}
+
+impl Pass {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Forward, Self::Dq, Self::Dkv, Self::DkvDs, Self::DqOfDs];
 }
 
 /// Tiles of a scalar kernel: threads over the rows that a workgroup owns (queries, or keys in dK/dV) and over the columns, and the
@@ -57,13 +68,14 @@ const fn scalar(head_dim: usize, pass: Pass, dropout: bool, few_registers: bool)
     }
     match (pass, head_dim) {
         (Pass::Dq, 16) => row(16, 4, 2, 2),
+        (Pass::DqOfDs, 16) => row(16, 4, 1, 2),
         (_, 16) => row(8, 4, 2, 2),
         (_, 32) => row(8, 8, 2, 2),
         (Pass::Forward | Pass::Dq, 64) if !dropout => row(8, 8, 2, 2),
-        (Pass::Forward | Pass::Dq, 80) => row(8, 20, 2, 1),
-        (Pass::Dkv, 80) => row(8, 20, 1, 1),
-        (Pass::Forward | Pass::Dq, 96) => row(8, 8, 2, 2),
-        (Pass::Dkv, 96) => row(8, 24, 1, 1),
+        (Pass::Forward | Pass::Dq | Pass::DqOfDs, 80) => row(8, 20, 2, 1),
+        (Pass::Dkv | Pass::DkvDs, 80) => row(8, 20, 1, 1),
+        (Pass::Forward | Pass::Dq | Pass::DqOfDs, 96) => row(8, 8, 2, 2),
+        (Pass::Dkv | Pass::DkvDs, 96) => row(8, 24, 1, 1),
         _ => row(8, 16, 2, 1),
     }
 }
@@ -82,6 +94,7 @@ const fn coop(edge: u32, head_dim: usize, pass: Pass, dropout: bool) -> Coop {
     }
     match (edge, pass, head_dim) {
         (8, _, _) => row(4, 2, 16),
+        (_, Pass::DqOfDs, _) => row(2, 2, 32),
         (_, Pass::Forward, 16) => row(2, 2, 16),
         (_, Pass::Forward, 32) => row(4, 2, 16),
         (_, Pass::Forward | Pass::Dq, 64) if dropout => row(4, 1, 16),
@@ -91,29 +104,41 @@ const fn coop(edge: u32, head_dim: usize, pass: Pass, dropout: bool) -> Coop {
         (_, Pass::Dq, 32) => row(4, 2, 16),
         (_, Pass::Dq, 64) => row(8, 1, 16),
         (_, Pass::Dq, _) => row(4, 1, 16),
-        (_, Pass::Dkv, 16) => row(4, 2, 16),
-        (_, Pass::Dkv, 32) => row(8, 1, 32),
-        (_, Pass::Dkv, 64) => row(4, 1, 16),
-        (_, Pass::Dkv, 80 | 96) => row(4, 1, 32),
-        (_, Pass::Dkv, _) => row(8, 1, 16),
+        (_, Pass::Dkv | Pass::DkvDs, 16) => row(4, 2, 16),
+        (_, Pass::Dkv | Pass::DkvDs, 32) => row(8, 1, 32),
+        (_, Pass::Dkv | Pass::DkvDs, 64) => row(4, 1, 16),
+        (_, Pass::Dkv | Pass::DkvDs, 80 | 96) => row(4, 1, 32),
+        (_, Pass::Dkv | Pass::DkvDs, _) => row(8, 1, 16),
     }
 }
 
 /// Score columns that a subgroup handles at a time in the backward.
 const SCORE_COLS: u32 = 16;
 
-/// One kernel of attention, and the rows that a workgroup of it owns. `few_registers` concerns the scalar ones; `f16`: whether qkv (and its
-/// gradient), and whether out (or its gradient) is stored in f16.
-pub fn kernel(
-    pass: Pass,
-    variant: Variant,
-    few_registers: bool,
-    head_dim: usize,
-    f16: [bool; 2],
-    dropout: bool,
-) -> (Kernel, u32) {
-    static MADE: Made<(Pass, Variant, bool, usize, [bool; 2], bool)> = Made::new();
-    let make = |_: &_| make(pass, variant, few_registers, head_dim, f16, dropout);
+/// Which kernels run, and with which tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Version {
+    /// How products are made.
+    pub variant: Variant,
+    /// Whether a thread has few registers ([`Capabilities`]), which concerns the scalar kernels.
+    pub few_registers: bool,
+}
+
+/// The type that dS is kept in, what is multiplied, and the keys and queries of `time` tokens that it is kept for.
+pub fn kept(variant: Variant, time: usize) -> (DType, [usize; 2]) {
+    let dtype = if variant.rounds_f32() { DType::F16 } else { DType::F32 };
+    let whole = time.next_multiple_of(16);
+    (dtype, if variant == Variant::Scalar { [time, time.next_multiple_of(4)] } else { [whole; 2] })
+}
+
+/// One kernel of attention, and the rows that a workgroup of it owns. `f16`: whether qkv (and its gradient), and whether out (or its gradient)
+/// is stored in f16.
+pub fn kernel(pass: Pass, version: Version, head_dim: usize, f16: [bool; 2], dropout: bool) -> (Kernel, u32) {
+    static MADE: Made<(Pass, Version, usize, [bool; 2], bool)> = Made::new();
+    // dQ out of dS has nothing to do with out, nor with dropout.
+    let (f16, dropout) = if pass == Pass::DqOfDs { ([f16[0]; 2], false) } else { (f16, dropout) };
+    let Version { variant, few_registers } = version;
+    let make = |_: &_| make(pass, version, head_dim, f16, dropout);
     let rows = match variant {
         Variant::Scalar => scalar(head_dim, pass, dropout, few_registers).rows(),
         Variant::Coop { edge, .. } => {
@@ -121,21 +146,20 @@ pub fn kernel(
             t.subgroups * t.row_blocks * edge
         }
     };
-    (MADE.get((pass, variant, few_registers, head_dim, f16, dropout), make), rows)
+    (MADE.get((pass, version, head_dim, f16, dropout), make), rows)
 }
 
-fn make(
-    pass: Pass,
-    variant: Variant,
-    few_registers: bool,
-    head_dim: usize,
-    f16_storage: [bool; 2],
-    dropout: bool,
-) -> Kernel {
+fn make(pass: Pass, version: Version, head_dim: usize, f16_storage: [bool; 2], dropout: bool) -> Kernel {
+    let Version { variant, few_registers } = version;
     let elems = f16_storage.map(|f16| if f16 { "f16" } else { "f32" });
-    let common =
+    let mut common =
         format!("alias elem = {};\nconst DROPOUT: bool = {dropout};\nconst HEAD_DIM: u32 = {head_dim}u;\n", elems[0]);
-    let philox = PHILOX;
+    // dK/dV binds what it keeps before the last two.
+    match pass {
+        Pass::Dkv => common += &declare(&[("CLOCK", 5), ("PARAMS", 6)]),
+        Pass::DkvDs => common += &declare(&[("CLOCK", 6), ("PARAMS", 7)]),
+        Pass::Forward | Pass::Dq | Pass::DqOfDs => {}
+    }
     match variant {
         Variant::Scalar => {
             let t = scalar(head_dim, pass, dropout, few_registers);
@@ -147,24 +171,37 @@ fn make(
             ];
             let enable = if f16_storage[0] { "enable f16;\n" } else { "" };
             let header = format!("{enable}{common}{}", declare(&constants));
-            let products = include_str!("../../../wgsl/attention_scalar_products.wgsl");
+            let mut files = vec![PHILOX, include_str!("../../../wgsl/attention_scalar_products.wgsl")];
             let (name, file) = match pass {
                 Pass::Forward => {
                     ("attention_scalar_forward", include_str!("../../../wgsl/attention_scalar_forward.wgsl"))
                 }
                 Pass::Dq => ("attention_scalar_dq", include_str!("../../../wgsl/attention_scalar_dq.wgsl")),
-                Pass::Dkv => ("attention_scalar_dkv", include_str!("../../../wgsl/attention_scalar_dkv.wgsl")),
+                Pass::Dkv => {
+                    files.push(include_str!("../../../wgsl/attention_scalar_no_ds.wgsl"));
+                    ("attention_scalar_dkv", include_str!("../../../wgsl/attention_scalar_dkv.wgsl"))
+                }
+                Pass::DkvDs => {
+                    files.push(include_str!("../../../wgsl/attention_scalar_ds.wgsl"));
+                    ("attention_scalar_dkv_ds", include_str!("../../../wgsl/attention_scalar_dkv.wgsl"))
+                }
+                Pass::DqOfDs => {
+                    files.remove(0); // it draws nothing
+                    ("attention_scalar_dq_of_ds", include_str!("../../../wgsl/attention_scalar_dq_of_ds.wgsl"))
+                }
             };
-            Kernel::new(name, header, vec![philox, products, file], (t.threads(), 1, 1))
+            files.push(file);
+            Kernel::new(name, header, files, (t.threads(), 1, 1))
         }
         Variant::Coop { edge, f16 } => {
             let t = coop(edge, head_dim, pass, dropout);
             // The name of a tile's size depends on which side a workgroup owns.
-            let other_name = if pass == Pass::Dkv { "BLOCK_Q" } else { "BLOCK_K" };
+            let makes_dkv = matches!(pass, Pass::Dkv | Pass::DkvDs);
+            let other_name = if makes_dkv { "BLOCK_Q" } else { "BLOCK_K" };
             let matrix = if f16 { "f16" } else { "f32" };
             let needs_f16 = f16 || f16_storage.contains(&true);
             // dK/dV of f32 tensors wants 32 queries a tile: half as many, and slower, conversions between barriers.
-            let other = if pass == Pass::Dkv && head_dim == 64 && edge == 16 && !f16_storage[0] { 32 } else { t.other };
+            let other = if makes_dkv && head_dim == 64 && edge == 16 && !f16_storage[0] { 32 } else { t.other };
             let mut constants = vec![
                 ("EDGE", edge),
                 ("SUBGROUP_SIZE", SUBGROUP_SIZE),
@@ -172,7 +209,7 @@ fn make(
                 ("ROW_BLOCKS", t.row_blocks),
                 (other_name, other),
             ];
-            if pass != Pass::Forward {
+            if matches!(pass, Pass::Dq | Pass::Dkv | Pass::DkvDs) {
                 constants.push(("SCORE_COLS", SCORE_COLS));
             }
             let header = format!(
@@ -183,14 +220,26 @@ fn make(
                 elems[1],
                 declare(&constants)
             );
-            let memory = include_str!("../../../wgsl/attention_coop_memory.wgsl");
+            let mut files = vec![PHILOX, include_str!("../../../wgsl/attention_coop_memory.wgsl")];
             let (name, file) = match pass {
                 Pass::Forward => ("attention_coop_forward", include_str!("../../../wgsl/attention_coop_forward.wgsl")),
                 Pass::Dq => ("attention_coop_dq", include_str!("../../../wgsl/attention_coop_dq.wgsl")),
-                Pass::Dkv => ("attention_coop_dkv", include_str!("../../../wgsl/attention_coop_dkv.wgsl")),
+                Pass::Dkv => {
+                    files.push(include_str!("../../../wgsl/attention_coop_no_ds.wgsl"));
+                    ("attention_coop_dkv", include_str!("../../../wgsl/attention_coop_dkv.wgsl"))
+                }
+                Pass::DkvDs => {
+                    files.push(include_str!("../../../wgsl/attention_coop_ds.wgsl"));
+                    ("attention_coop_dkv_ds", include_str!("../../../wgsl/attention_coop_dkv.wgsl"))
+                }
+                Pass::DqOfDs => {
+                    files.clear();
+                    ("attention_coop_dq_of_ds", include_str!("../../../wgsl/attention_coop_dq_of_ds.wgsl"))
+                }
             };
+            files.push(file);
             let threads = t.subgroups * SUBGROUP_SIZE;
-            Kernel::new(name, header, vec![philox, memory, file], (threads, 1, 1))
+            Kernel::new(name, header, files, (threads, 1, 1))
         }
     }
 }
@@ -201,10 +250,14 @@ pub fn kernels(capabilities: &Capabilities) -> Vec<Kernel> {
     for f16_storage in [false, true] {
         for head_dim in HEAD_DIMS {
             for variant in supported(capabilities, f16_storage) {
-                for pass in [Pass::Forward, Pass::Dq, Pass::Dkv] {
-                    let few = capabilities.few_registers;
-                    let kernel = |out, dropout| kernel(pass, variant, few, head_dim, [f16_storage, out], dropout).0;
-                    kernels.extend([false, true].map(|dropout| kernel(f16_storage, dropout)));
+                let version = Version { variant, few_registers: capabilities.few_registers };
+                for pass in Pass::ALL {
+                    let kernel = |out, dropout| kernel(pass, version, head_dim, [f16_storage, out], dropout).0;
+                    kernels.push(kernel(f16_storage, false));
+                    if pass == Pass::DqOfDs {
+                        continue; // one for all
+                    }
+                    kernels.push(kernel(f16_storage, true));
                     if f16_storage && variant.rounds_f32() {
                         kernels.extend([false, true].map(|dropout| kernel(false, dropout))); // inside of half a block
                     }
@@ -245,14 +298,15 @@ mod tests {
         ];
         for variant in variants {
             for head_dim in HEAD_DIMS {
-                for pass in [Pass::Forward, Pass::Dq, Pass::Dkv] {
+                for pass in Pass::ALL {
                     let types = [[false; 2], [true; 2], [true, false]];
                     for (f16, dropout) in types.into_iter().flat_map(|f16| [(f16, false), (f16, true)]) {
                         if f16[0] && (!variant.rounds_f32() && (variant != Variant::Scalar || !f16[1])) {
                             continue; // never selected: f16 tensors take f16 matrices, and mixed ones none but those
                         }
                         for few_registers in [false, true] {
-                            let (kernel, _) = kernel(pass, variant, few_registers, head_dim, f16, dropout);
+                            let version = Version { variant, few_registers };
+                            let (kernel, _) = kernel(pass, version, head_dim, f16, dropout);
                             let what = format!("{pass:?} {variant:?} D {head_dim} f16 {f16:?}");
                             let bytes = kernel.workgroup_memory().unwrap_or_else(|error| panic!("{what}: {error}"));
                             assert!(bytes <= 32 << 10, "{what}: {bytes} bytes of workgroup memory");

@@ -1,8 +1,9 @@
-//! Attention's four kernels. Each gets what its forerunners would have made from the f64 twins, so that one wrong kernel
+//! Attention's kernels. Each gets what its forerunners would have made from the f64 twins, so that one wrong kernel
 //! does not hide behind another.
 
-use gpt_wgpu::kernel::fold;
-use gpt_wgpu::ops::attention::tiles::{self, HEAD_DIMS, Pass, Variant};
+use burn::tensor::DType;
+use gpt_wgpu::kernel::{Kernel, fold};
+use gpt_wgpu::ops::attention::tiles::{self, HEAD_DIMS, Pass, Variant, Version};
 use gpt_wgpu::ops::dropout::Dropout;
 
 use super::{Buffer, Case, Elem, two_rows};
@@ -59,6 +60,8 @@ struct Inputs {
     lse: Vec<f64>,
     delta: Vec<f64>,
     dqkv: Vec<f64>,
+    /// dS', a row of queries for each key.
+    kept: Vec<f64>,
 }
 
 impl Inputs {
@@ -77,6 +80,7 @@ impl Inputs {
         }
         let dout = values(tokens * shape.channels(), 1.0);
         let (out, lse) = twins::attention(&qkv, shape, dropout);
+        let kept = twins::score_gradients(&dout, &qkv, shape, dropout);
         let dqkv = twins::attention_backward(&dout, &qkv, shape, dropout);
         let mut delta = vec![0.0; lse.len()];
         for (i, products) in
@@ -86,7 +90,7 @@ impl Inputs {
             let (b, t) = (token / shape.time, token % shape.time);
             delta[(b * shape.heads + head) * shape.time + t] = products.iter().sum();
         }
-        Self { shape, dropout, variant, f16, is_mixed: false, qkv, dout, out, lse, delta, dqkv }
+        Self { shape, dropout, variant, f16, is_mixed: false, qkv, dout, out, lse, delta, dqkv, kept }
     }
 
     fn mixed(shape: AttentionShape, dropout: Dropout, variant: Variant) -> Self {
@@ -118,61 +122,111 @@ impl Inputs {
         }
     }
 
-    /// The kernels' `Params`.
-    fn params(&self) -> Vec<u32> {
+    /// The kernels' `Params` for the heads from `first` on.
+    fn params(&self, first: usize) -> Vec<u32> {
         let s = self.shape;
-        let mut params = vec![s.batch as u32, s.heads as u32, s.time as u32, 0];
+        let mut params = vec![(s.batch * s.heads - first) as u32, s.heads as u32, s.time as u32, first as u32];
         params.extend(self.dropout.params());
         let scale = self.gradient_scale();
         params.extend([scale, if self.is_mixed { 1.0 } else { scale.recip() }].map(f32::to_bits));
         params
     }
 
-    fn case(&self, kernel: gpt_wgpu::kernel::Kernel, groups: usize, buffers: Vec<Buffer>) -> Case {
+    fn case(&self, kernel: Kernel, groups: usize, first: usize, buffers: Vec<Buffer>) -> Case {
         let what = format!("{:?}", self.shape);
         let grid = if self.shape.heads == 3 { two_rows(groups as u32) } else { fold(groups as u32) };
-        Case { kernel, what, grid, buffers, params: self.params() }
+        Case { kernel, what, grid, buffers, params: self.params(first) }
     }
 
-    /// dqkv with only the thirds wanted that `written` names.
-    fn gradient(&self, written: [bool; 3]) -> Buffer {
-        let third = |i: usize| i / self.shape.channels() % 3;
+    /// dqkv with only the thirds wanted that `written` names, of the heads from `first` on.
+    fn gradient(&self, written: [bool; 3], first: usize) -> Buffer {
+        let s = self.shape;
         let factor = if self.is_mixed { f64::from(self.gradient_scale()) } else { 1.0 };
-        let want = self.dqkv.iter().enumerate().map(|(i, v)| if written[third(i)] { *v * factor } else { f64::NAN });
+        let is_written = |i: usize| {
+            let (token, column) = (i / (3 * s.channels()), i % (3 * s.channels()));
+            let head = token / s.time * s.heads + column % s.channels() / s.head_dim;
+            written[column / s.channels()] && head >= first
+        };
+        let want = self.dqkv.iter().enumerate().map(|(i, v)| if is_written(i) { *v * factor } else { f64::NAN });
         Buffer::output("dqkv", self.elem(), want.collect(), self.tolerance())
+    }
+
+    /// dS' of the heads from `first` on as it is kept: in whole quads of queries, or in matrices; zeros behind the last token, `future` where
+    /// a whole quad or matrix lies above the diagonal.
+    fn kept(&self, first: usize, future: f64) -> Vec<f64> {
+        let time = self.shape.time;
+        let factor = if self.variant == Variant::Scalar { 1.0 } else { f64::from(self.gradient_scale()) };
+        let (_, [keys, queries]) = tiles::kept(self.variant, time);
+        // A unit of one key and four queries, or a matrix
+        let (unit_keys, unit_queries) = match self.variant {
+            Variant::Scalar => (1, 4),
+            Variant::Coop { edge, .. } => (edge as usize, edge as usize),
+        };
+        let mut kept = Vec::new();
+        for head in self.kept[first * time * time..].chunks(time * time) {
+            for unit in 0..keys / unit_keys * (queries / unit_queries) {
+                let first_key = unit / (queries / unit_queries) * unit_keys;
+                let first_query = unit % (queries / unit_queries) * unit_queries;
+                for element in 0..unit_keys * unit_queries {
+                    let (key, query) = (first_key + element / unit_queries, first_query + element % unit_queries);
+                    kept.push(match first_query + unit_queries > first_key {
+                        false => future,
+                        true if key < time && query < time => head[key * time + query] * factor,
+                        true => 0.0,
+                    });
+                }
+            }
+        }
+        kept
+    }
+
+    fn version(&self) -> Version {
+        Version { variant: self.variant, few_registers: true }
     }
 
     fn tiled(&self) -> Vec<Case> {
         let s = self.shape;
-        let make = |pass| {
+        let version = self.version();
+        let make = |pass, first| {
             let f16 = [self.elem(), self.out_elem()].map(|elem| elem == Elem::F16);
-            let (kernel, rows) = tiles::kernel(pass, self.variant, true, s.head_dim, f16, self.dropout.is_on());
-            (kernel, s.batch * s.heads * s.time.div_ceil(rows as usize))
+            let (kernel, rows) = tiles::kernel(pass, version, s.head_dim, f16, self.dropout.is_on());
+            (kernel, (s.batch * s.heads - first) * s.time.div_ceil(rows as usize))
         };
         let qkv = Buffer::input("qkv", self.elem(), &self.qkv);
-        let backward = |written| {
+        let backward = |written, first| {
             vec![
                 qkv.clone(),
                 Buffer::input("dout", self.out_elem(), &self.dout),
                 Buffer::input("lse", Elem::F32, &self.lse),
                 Buffer::input("delta", Elem::F32, &self.delta),
-                self.gradient(written),
+                self.gradient(written, first),
             ]
         };
+        // All heads but the first, where there are more: dS' begins with theirs.
+        let first = usize::from(s.batch * s.heads > 1);
+        let kept_elem = if tiles::kept(self.variant, s.time).0 == DType::F16 { Elem::F16 } else { Elem::F32 };
+        // Of one key dS is the difference of two equal numbers.
+        let near = if s.time == 1 { self.tolerance().max(1e-3) } else { self.tolerance() };
+        let kept = Buffer::output("dS'", kept_elem, self.kept(first, f64::INFINITY), near);
+        let keeping = [backward([false, true, true], first), vec![kept]].concat();
+        let given = Buffer::input("dS'", kept_elem, &self.kept(first, f64::NAN)); // what nobody wrote
+        let of_kept = vec![qkv.clone(), given, self.gradient([true, false, false], first)];
         let forward = vec![
             qkv.clone(),
             Buffer::output("out", self.out_elem(), self.out.clone(), self.tolerance()),
             Buffer::output("lse", Elem::F32, self.lse.clone(), 1e-5), // of f32 sums in every variant
         ];
         [
-            (Pass::Forward, forward),
-            (Pass::Dq, backward([true, false, false])),
-            (Pass::Dkv, backward([false, true, true])),
+            (Pass::Forward, 0, forward),
+            (Pass::Dq, 0, backward([true, false, false], 0)),
+            (Pass::Dkv, 0, backward([false, true, true], 0)),
+            (Pass::DkvDs, first, keeping),
+            (Pass::DqOfDs, first, of_kept),
         ]
         .into_iter()
-        .map(|(pass, buffers)| {
-            let (kernel, groups) = make(pass);
-            self.case(kernel, groups, buffers)
+        .map(|(pass, first, buffers)| {
+            let (kernel, groups) = make(pass, first);
+            self.case(kernel, groups, first, buffers)
         })
         .collect()
     }
@@ -188,6 +242,6 @@ impl Inputs {
             Buffer::input("out", self.elem(), &out),
             Buffer::output("delta", Elem::F32, self.delta.clone(), if self.f16 { 1e-3 } else { 1e-6 }),
         ];
-        self.case(kernel, (s.batch * s.time * s.heads).div_ceil(rows as usize), buffers)
+        self.case(kernel, (s.batch * s.time * s.heads).div_ceil(rows as usize), 0, buffers)
     }
 }

@@ -150,6 +150,39 @@ pub const FAULTS: &[Fault] = &[
         to: "for (var query_start = (key_start / OTHER + 1u) * OTHER;", found_by: Layer::Values,
     },
     Fault {
+        what: "dS with keys and queries changed round", kernel: "attention_scalar_dkv_ds", constants: &[F32, D64, KEEPS],
+        from: "keep_key(key, at, vec4<f32>(x0.x, x1.x, x2.x, x3.x));", to: "keep_key(key, at, x0);", found_by: Layer::Values,
+    },
+    Fault {
+        what: "dS of one key more than there are", kernel: "attention_scalar_dkv_ds", constants: &[F32, D64, KEEPS],
+        from: "if (key < params.seq_len) { kept", to: "if (key <= params.seq_len) { kept", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "dS of queries behind the last", kernel: "attention_scalar_dkv_ds", constants: &[F32, D64, KEEPS],
+        from: "if (quad < row_quads)", to: "if (true)", found_by: Layer::Race,
+    },
+    Fault {
+        what: "dS counted from the first of all heads", kernel: "attention_scalar_dkv_ds", constants: &[F32, D32, KEEPS],
+        from: "let first_row = launch_head * params.seq_len;",
+        to: "let first_row = (params.first_head + launch_head) * params.seq_len;", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "no barrier between writers and readers", kernel: "attention_scalar_dq_of_ds", constants: &[F32, D64],
+        from: "        stage_rows();\n        workgroupBarrier();\n", to: "        stage_rows();\n", found_by: Layer::Race,
+    },
+    Fault {
+        what: "dS that nobody wrote", kernel: "attention_scalar_dq_of_ds", constants: &[F32, D64],
+        from: "key <= min(4u * quad + 3u, last)", to: "key <= last", found_by: Layer::Values,
+    },
+    Fault {
+        what: "the head of another launch", kernel: "attention_scalar_dq_of_ds", constants: &[F32, D32],
+        from: "let batch_head = params.first_head + tile % head_count;", to: "let batch_head = tile % head_count;", found_by: Layer::Values,
+    },
+    Fault {
+        what: "the keys on the diagonal left out", kernel: "attention_scalar_dq_of_ds", constants: &[F32, D64],
+        from: "let key_end = min(query_start + OWN, seq_len);", to: "let key_end = min(query_start + 1u, seq_len);", found_by: Layer::Values,
+    },
+    Fault {
         what: "no barrier behind a staged tile", kernel: "attention_coop_forward", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
         from: "stage_tile(thread);\n        workgroupBarrier();", to: "stage_tile(thread);", found_by: Layer::Race,
     },
@@ -234,6 +267,30 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         what: "a held gradient whose factor is taken out", kernel: "attention_coop_dq", constants: &["alias elem = f16;", "alias out_elem = f32;", D64, DROPS],
         from: "let factor = scale * params.result_scale;", to: "let factor = scale / params.gradient_scale;", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a matrix of dS written by columns", kernel: "attention_coop_dkv_ds", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
+        from: "coopStoreT(score_gradients[i], &kept[at], edge);", to: "coopStore(score_gradients[i], &kept[at], edge);", found_by: Layer::Values,
+    },
+    Fault {
+        what: "matrices of dS behind the last", kernel: "attention_coop_dkv_ds", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
+        from: "if (first_key / EDGE < row && first_query / EDGE < row)", to: "if (first_query / EDGE < row)", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "dS of keys above the diagonal", kernel: "attention_coop_dq_of_ds", constants: &[F32, D64, F16_PRODUCTS],
+        from: "if (key_tile + j > query)", to: "if (key_tile + j > query + 1u)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "a matrix of dS behind the last", kernel: "attention_coop_dq_of_ds", constants: &[F32, D64, F16_PRODUCTS],
+        from: "let query = min(query_tile, row - 1u);", to: "let query = query_tile;", found_by: Layer::Bounds,
+    },
+    Fault {
+        what: "a tile overwritten while it is read", kernel: "attention_coop_dq_of_ds", constants: &[F32, D64, F16_PRODUCTS],
+        from: "        workgroupBarrier(); // the last tile's readers are done\n", to: "", found_by: Layer::Race,
+    },
+    Fault {
+        what: "no barrier between a matrix and its lanes", kernel: "attention_coop_dq_of_ds", constants: &[F32, D64, F16_PRODUCTS],
+        from: "&scratch[subgroup_scratch], stride);\n    workgroupBarrier();", to: "&scratch[subgroup_scratch], stride);", found_by: Layer::Race,
     },
     Fault {
         what: "a held gradient without its factor", kernel: "dropout", constants: &["alias elem = f32;", "alias out_elem = f16;", KEEPS],

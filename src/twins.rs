@@ -339,6 +339,18 @@ fn for_each_row(qkv: &[f64], s: AttentionShape, dropout: Dropout, mut visit: imp
     }
 }
 
+/// (loss, dlogits) of one row of logits against its target, zeros where that is negative.
+pub fn row_of_cross_entropy(logits: &[f64], target: i32) -> (f64, Vec<f64>) {
+    let Ok(target) = usize::try_from(target) else {
+        return (0.0, vec![0.0; logits.len()]);
+    };
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|l| (l - max).exp()).sum();
+    let onehot = |o| if o == target { 1.0 } else { 0.0 };
+    let dlogits = logits.iter().enumerate().map(|(o, l)| (l - max).exp() / sum - onehot(o)).collect();
+    (max + sum.ln() - logits[target], dlogits)
+}
+
 /// (loss, dx, dw) of the mean cross-entropy of x (rows, c) wᵀ (v, c) against targets, negative ones ignored.
 pub fn cross_entropy(x: &[f64], w: &[f64], targets: &[i32], c: usize, v: usize) -> (f64, Vec<f64>, Vec<f64>) {
     let count = targets.iter().filter(|&&t| t >= 0).count().max(1) as f64;
@@ -346,12 +358,10 @@ pub fn cross_entropy(x: &[f64], w: &[f64], targets: &[i32], c: usize, v: usize) 
     for (r, &target) in targets.iter().enumerate().filter(|(_, t)| **t >= 0) {
         let row = &x[r * c..][..c];
         let logits: Vec<f64> = (0..v).map(|o| row.iter().zip(&w[o * c..][..c]).map(|(a, b)| a * b).sum()).collect();
-        let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let sum: f64 = logits.iter().map(|l| (l - max).exp()).sum();
-        loss += (max + sum.ln() - logits[target as usize]) / count;
-        for o in 0..v {
-            let onehot = if o == target as usize { 1.0 } else { 0.0 };
-            let d = ((logits[o] - max).exp() / sum - onehot) / count;
+        let (row_loss, dlogits) = row_of_cross_entropy(&logits, target);
+        loss += row_loss / count;
+        for (o, d) in dlogits.into_iter().enumerate() {
+            let d = d / count;
             for i in 0..c {
                 dx[r * c + i] += d * w[o * c + i];
                 dw[o * c + i] += d * row[i];

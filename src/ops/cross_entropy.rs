@@ -22,7 +22,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::linear::elem;
 use super::linear::{product::Product, tiles::Layout};
-use super::{Optional, gradient_scale};
+use super::{Optional, Tensors, cast::CastOps, held};
 use crate::cpu::{self, cross_entropy::Given};
 use crate::kernel::{self, Kernel, Variant, fold};
 
@@ -109,8 +109,8 @@ const GPU_CHUNK_BYTES: usize = 246 << 20;
 
 /// Elements from row to row of the logits: whole packs, so that the products can move packs. The padding holds zeros once it is
 /// a gradient.
-pub fn logits_stride(vocab: usize, f16: bool) -> usize {
-    vocab.next_multiple_of(if f16 { 8 } else { 4 })
+pub fn logits_stride(vocab: usize) -> usize {
+    vocab.next_multiple_of(8)
 }
 
 /// Rows whose logits, in f16 (or f32), exist together in a buffer of `largest_buffer` bytes, at most.
@@ -119,7 +119,7 @@ pub fn chunk_rows(vocab: usize, f16: bool, composed: bool, largest_buffer: u64) 
         return (CHUNK_ELEMENTS / vocab.max(1)).max(1);
     }
     let bytes = GPU_CHUNK_BYTES.min(largest_buffer as usize);
-    let row_bytes = logits_stride(vocab, f16) * if f16 { 2 } else { 4 };
+    let row_bytes = logits_stride(vocab) * if f16 { 2 } else { 4 };
     (bytes / row_bytes.max(1) / CHUNK_ALIGNMENT * CHUNK_ALIGNMENT).max(CHUNK_ALIGNMENT)
 }
 
@@ -132,10 +132,25 @@ pub fn count_kernel() -> Kernel {
     Kernel::new("cross_entropy_count", String::new(), files, (256, 1, 1))
 }
 
+/// What takes the place of the logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gradient {
+    /// They stay.
+    Unwanted,
+    /// Their gradient, of their type.
+    Whole,
+    /// Their gradient as products round it: f16, some times itself, in the first half of each row of f32.
+    Held,
+}
+
 /// The kernel that makes rows of losses from logits in f16 (or f32), and, if wanted, the gradient of the logits.
-pub fn rows_kernel(gradient: bool, f16: bool) -> Kernel {
-    let header = format!("{}const GRADIENT: bool = {gradient};\n", elem(f16));
-    Kernel::new("cross_entropy", header, vec![include_str!("../../wgsl/cross_entropy.wgsl")], (256, 1, 1))
+pub fn rows_kernel(gradient: Gradient, f16: bool) -> Kernel {
+    let (types, file) = match gradient {
+        Gradient::Held => ("", include_str!("../../wgsl/cross_entropy_held.wgsl")),
+        Gradient::Unwanted | Gradient::Whole => (elem(f16), include_str!("../../wgsl/cross_entropy_whole.wgsl")),
+    };
+    let header = format!("{types}const GRADIENT: bool = {};\n", gradient != Gradient::Unwanted);
+    Kernel::new("cross_entropy", header, vec![include_str!("../../wgsl/cross_entropy.wgsl"), file], (256, 1, 1))
 }
 
 /// The kernel that makes the mean of the losses.
@@ -146,9 +161,9 @@ pub fn mean_kernel() -> Kernel {
 
 /// Every kernel of the loss but its matrix products.
 pub fn kernels() -> Vec<Kernel> {
-    let rows = [(false, false), (true, false), (false, true), (true, true)];
-    let rows = rows.map(|(gradient, f16)| rows_kernel(gradient, f16));
-    rows.into_iter().chain([count_kernel(), mean_kernel()]).collect()
+    let whole = [Gradient::Unwanted, Gradient::Whole];
+    let rows = [false, true].into_iter().flat_map(|f16| whole.map(|gradient| rows_kernel(gradient, f16)));
+    rows.chain([rows_kernel(Gradient::Held, false), count_kernel(), mean_kernel()]).collect()
 }
 
 /// The rows of `matrix` (..., columns) in `rows`, as a matrix over the same memory.
@@ -160,6 +175,13 @@ fn rows_of(matrix: &CubeTensor, columns: usize, rows: &Range<usize>) -> CubeTens
     CubeTensor::new_contiguous(matrix.client.clone(), matrix.device.clone(), shape, handle, matrix.dtype)
 }
 
+/// The memory of a matrix in f32 as one in f16, each of whose rows has twice as many elements.
+fn as_halves(matrix: &CubeTensor) -> CubeTensor {
+    let [rows, columns] = matrix.meta.shape().dims::<2>();
+    let (client, handle) = (matrix.client.clone(), matrix.handle.clone());
+    CubeTensor::new_contiguous(client, matrix.device.clone(), Shape::new([rows, 2 * columns]), handle, DType::F16)
+}
+
 /// Where the gradients of a loss go, dx (..., C) and dw (V, C), and what they are multiplied by.
 struct Wanted<'a> {
     dx: &'a CubeTensor,
@@ -168,11 +190,18 @@ struct Wanted<'a> {
 }
 
 /// loss (1) for x (..., C), with its gradients where they are wanted.
+///
+/// Where products round f32, x, w and the logits' gradient are stored as they round it ([`held`]): the same roundings, half the bytes.
 fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor, wanted: Option<Wanted>) -> CubeTensor {
     let [vocab, channels] = w.meta.shape().dims::<2>();
     let rows = x.meta.shape().num_elements() / channels;
     let f16 = x.dtype == DType::F16;
-    let stride = logits_stride(vocab, f16);
+    let stride = logits_stride(vocab);
+    let rounded = CubeBackend::as_multiplied(Tensors(vec![x.clone(), w.clone()])).0;
+    let (x, w, held) = match rounded.as_slice() {
+        [x, w] => (x, w, Some(held(rows))),
+        _ => (x, w, None),
+    };
     let f32s = |shape: Shape| kernel::empty_of(x, shape, DType::F32);
     let (count, losses, loss) = (f32s(Shape::new([2])), f32s(Shape::new([rows])), f32s(Shape::new([1])));
     // What is bound where there is no scale only has to be a buffer: `count` itself would be bound twice.
@@ -182,24 +211,32 @@ fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor,
     };
     count_kernel().launch((1, 1, 1), &[targets, scale, &count], &[rows as u32, u32::from(is_scaled)]);
     let chunk = chunk_rows(vocab, f16, false, kernel::largest_buffer(x)).min(rows);
-    let logits = kernel::empty(x, Shape::new([chunk, stride]));
+    let logits = kernel::empty_of(x, Shape::new([chunk, stride]), if f16 { DType::F16 } else { DType::F32 });
+    let dlogits = match held {
+        Some(_) => as_halves(&logits),
+        None => logits.clone(),
+    };
+    let gradient = match (&wanted, held) {
+        (None, _) => Gradient::Unwanted,
+        (Some(_), None) => Gradient::Whole,
+        (Some(_), Some(_)) => Gradient::Held,
+    };
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);
         let here = range.len();
         let x = rows_of(x, channels, &range);
         let product = Product::plain(Layout::Nt, &x, w, here, vocab, channels);
         Product { strides: [channels, channels, stride], ..product }.launch(variant, &logits);
-        let sizes = [here, vocab, stride, start].map(|size| size as u32);
-        let kernel = rows_kernel(wanted.is_some(), f16);
-        kernel.launch(fold(here as u32), &[&logits, targets, &losses, &count], &sizes);
+        let [rows_here, vocab_size, row, first] = [here, vocab, stride, start].map(|size| size as u32);
+        let params = [rows_here, vocab_size, row, first, held.unwrap_or(1.0).to_bits()];
+        rows_kernel(gradient, f16).launch(fold(here as u32), &[&logits, targets, &losses, &count], &params);
         if let Some(Wanted { dx, dw, .. }) = &wanted {
             // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
-            let strides = [stride, channels, channels];
-            let scale = gradient_scale(&logits, rows);
-            let product = Product::plain(Layout::Nn, &logits, w, here, channels, vocab);
-            Product { strides, scale, ..product }.launch_tall(variant, &rows_of(dx, channels, &range), false);
-            let product = Product::plain(Layout::Tn, &logits, &x, vocab, channels, here);
-            Product { strides, scale, ..product }.launch_tall(variant, dw, start > 0);
+            let strides = [dlogits.meta.shape()[1], channels, channels];
+            let product = Product::plain(Layout::Nn, &dlogits, w, here, channels, vocab).of_gradient(rows, held);
+            Product { strides, ..product }.launch_tall(variant, &rows_of(dx, channels, &range), false);
+            let product = Product::plain(Layout::Tn, &dlogits, &x, vocab, channels, here).of_gradient(rows, held);
+            Product { strides, ..product }.launch_tall(variant, dw, start > 0);
         }
     }
     mean_kernel().launch((1, 1, 1), &[&losses, &count, &loss], &[rows as u32]);

@@ -77,6 +77,8 @@ pub enum Elem {
     F16,
     /// i32 or u32.
     Int,
+    /// f32 before; after the launch twice as many f16 in the same place.
+    F32ThenF16,
 }
 
 /// A buffer before and after the launch.
@@ -111,8 +113,9 @@ impl Buffer {
     /// The content before the launch.
     pub fn bytes(&self) -> Vec<u8> {
         let value = |v: &f64| match self.elem {
+            Elem::F32ThenF16 if v.is_nan() => vec![0xff; 4],
             _ if v.is_nan() => vec![0xff; self.elem.bytes()],
-            Elem::F32 => (*v as f32).to_le_bytes().to_vec(),
+            Elem::F32 | Elem::F32ThenF16 => (*v as f32).to_le_bytes().to_vec(),
             Elem::F16 => f16::from_f64(*v).to_le_bytes().to_vec(),
             Elem::Int => (*v as i64 as u32).to_le_bytes().to_vec(),
         };
@@ -148,14 +151,14 @@ impl Elem {
     }
 
     fn bytes(self) -> usize {
-        if self == Self::F16 { 2 } else { 4 }
+        if matches!(self, Self::F16 | Self::F32ThenF16) { 2 } else { 4 }
     }
 
     fn value(self, bytes: &[u8]) -> f64 {
         match (self, bytes) {
             (Self::F32, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
             (Self::Int, &[a, b, c, d]) => f64::from(i32::from_le_bytes([a, b, c, d])),
-            (Self::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f64(),
+            (Self::F16 | Self::F32ThenF16, &[a, b]) => f16::from_le_bytes([a, b]).to_f64(),
             _ => f64::NAN,
         }
     }

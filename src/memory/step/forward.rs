@@ -79,6 +79,10 @@ impl Replayer<'_> {
     /// The logits of all rows, a chunk at a time, and, if wanted, their gradients' products.
     pub(super) fn loss(&mut self, gradients: bool) {
         let (rows, vocab, c) = (self.rows(), self.vocab(), self.channels());
+        let rounded = self.is_mixed().then(|| {
+            [("the head's input in f16", rows), ("the head's weight in f16", vocab)]
+                .map(|(name, rows)| self.take(Use::Workspace, name, 2 * rows * c))
+        });
         let losses = self.take(Use::Workspace, "the losses", rows * F32);
         let (chunk, stride) = self.chunk();
         let logits = self.take(Use::Workspace, "the logits of a chunk", chunk * stride * self.element());
@@ -89,12 +93,13 @@ impl Replayer<'_> {
                 self.give_all(steps);
             }
             if gradients {
-                self.parts([here, c, vocab], self.shape.f16, false);
-                self.parts([vocab, c, here], self.shape.f16, start > 0);
+                let f16 = self.multiplies_f16();
+                self.parts([here, c, vocab], f16, false);
+                self.parts([vocab, c, here], f16, start > 0);
                 self.pack(vocab, c, here);
             }
         }
-        self.give_all([logits, losses]);
+        self.give_all(rounded.into_iter().flatten().chain([logits, losses]));
     }
 
     /// Rows whose logits exist together, and elements from row to row.
@@ -103,7 +108,7 @@ impl Replayer<'_> {
         let Shape { f16, largest_buffer, .. } = *self.shape;
         let (chunk, stride) = match self.shape.engine {
             Engine::Loops(_) => (cpu::cross_entropy::chunk_rows(rows, vocab), vocab),
-            _ => (chunk_rows(vocab, f16, self.is_composed(), largest_buffer), logits_stride(vocab, f16)),
+            _ => (chunk_rows(vocab, f16, self.is_composed(), largest_buffer), logits_stride(vocab)),
         };
         (chunk.min(rows) as u64, stride as u64)
     }

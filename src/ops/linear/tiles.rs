@@ -292,6 +292,17 @@ fn mixed(plain: &Spec) -> Vec<Spec> {
         (Epilogue::Residual { dropout: false }, false),
         (Epilogue::Residual { dropout: true }, false),
     ];
+    // A head's: its logits in f32, and its weight's gradient over several chunks.
+    let head = [
+        Spec { f16: [true, true, false, false], ..*plain },
+        Spec {
+            layout: Layout::Tn,
+            epilogue: Epilogue::Added,
+            f16: [true, true, false, false],
+            factor: Factor::Held,
+            ..*plain
+        },
+    ];
     let biased =
         |(epilogue, out)| [false, true].map(|bias| Spec { epilogue, bias, f16: [true, true, out, false], ..*plain });
     let backward = [Layout::Nn, Layout::Tn].map(|layout| Spec {
@@ -300,7 +311,7 @@ fn mixed(plain: &Spec) -> Vec<Spec> {
         factor: Factor::Held,
         ..*plain
     });
-    forward.into_iter().flat_map(biased).chain(backward).collect()
+    forward.into_iter().flat_map(biased).chain(backward).chain(head).collect()
 }
 
 /// The kernel of `spec`.

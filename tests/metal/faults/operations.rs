@@ -405,7 +405,19 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a gradient of the padding", kernel: "cross_entropy", constants: &[GRADIENT],
-        from: "inside = columns < vec4<u32>(params.vocab)", to: "inside = columns <= vec4<u32>(params.vocab)", found_by: Layer::Values,
+        from: "gradient, columns < vec4<u32>(params.vocab)", to: "gradient, columns <= vec4<u32>(params.vocab)", found_by: Layer::Values,
+    },
+    Fault {
+        what: "logits replaced while others read them", kernel: "cross_entropy", constants: &[GRADIENT],
+        from: "        storageBarrier();\n        if (oct < octs)", to: "        if (oct < octs)", found_by: Layer::Race,
+    },
+    Fault {
+        what: "a held gradient without its factor", kernel: "cross_entropy", constants: &[GRADIENT],
+        from: "params.held * select", to: "select", found_by: Layer::Values,
+    },
+    Fault {
+        what: "halves in another order", kernel: "cross_entropy", constants: &[GRADIENT],
+        from: "pack2x16float(low.xy), pack2x16float(low.zw),", to: "pack2x16float(low.zw), pack2x16float(low.xy),", found_by: Layer::Values,
     },
     Fault {
         what: "the count for the weight", kernel: "cross_entropy", constants: &[GRADIENT, HALVES],

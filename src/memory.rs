@@ -87,6 +87,9 @@ pub struct Estimate {
     pub unused: u64,
     /// Bytes of the largest tensor, and what it is.
     pub largest_tensor: (u64, &'static str),
+    /// What stays reserved between steps. The total is more where larger pages take over from smaller ones within the first step, and both
+    /// are there for a while.
+    pub settled: u64,
 }
 
 impl Estimate {
@@ -110,6 +113,7 @@ pub fn estimate(shape: &Shape) -> Estimate {
         workspace,
         unused: reserved.saturating_sub(alive),
         largest_tensor: replay.largest,
+        settled: if shape.pooled { replay.settled + AUXILIARY } else { alive },
     }
 }
 

@@ -325,7 +325,9 @@ fn a_devices_pool_holds_what_is_estimated() {
             let peak = measured.iter().map(|usage| usage.reserved).max()?;
             eprintln!("{:?}", measured.iter().map(|usage| usage.reserved).collect::<Vec<_>>());
             let how = if replay { "replayed" } else { "made anew" };
-            assert_near(&format!("{name}, {how}"), plan.estimate.total(), peak);
+            // Between steps: nobody sees the pool within one, where it may have been more for a while.
+            assert_near(&format!("{name}, {how}"), plan.estimate.settled, peak);
+            assert!(plan.estimate.total() >= plan.estimate.settled, "{name}");
             Some(peak)
         };
         let (Some(anew), Some(replayed)) = (peak(false), peak(true)) else {

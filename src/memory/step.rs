@@ -44,6 +44,8 @@ pub(super) struct Replay {
     pub peak: Breakdown,
     /// Most bytes that the pool took from the device.
     pub reserved: u64,
+    /// What of them it has when a step ends.
+    pub settled: u64,
     /// The largest tensor, and its name.
     pub largest: (u64, &'static str),
 }
@@ -110,7 +112,7 @@ impl<'a> Replayer<'a> {
             shape,
             pool: Pool::new(shape.largest_buffer),
             alive: Breakdown::default(),
-            seen: Replay { peak: Breakdown::default(), reserved: 0, largest: (0, "") },
+            seen: Replay { peak: Breakdown::default(), reserved: 0, settled: 0, largest: (0, "") },
             gradients: Vec::new(),
             splits: HashMap::new(),
             sums: false,
@@ -260,6 +262,7 @@ impl<'a> Replayer<'a> {
             // Made from the last layer to the first, given back in the parameters' order.
             let gradients = std::mem::take(&mut self.gradients);
             self.give_all(gradients.into_iter().rev());
+            self.seen.settled = self.pool.reserved();
         }
         self.give_all(parameters.into_iter().chain(moments));
     }

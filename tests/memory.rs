@@ -303,7 +303,7 @@ fn a_devices_pool_holds_what_is_estimated() {
         ("accumulation", small, 12, 2, 0.0),
         ("a large vocabulary", GptConfig { n_layer: 1, vocab_size: 20_000, ..small }, 1, 1, 0.0),
         ("a wide layer", GptConfig { n_layer: 2, n_head: 4, n_embd: 256, ..small }, 4, 2, 0.1),
-        ("a long context", GptConfig { n_layer: 2, block_size: 256, ..small }, 4, 1, 0.0),
+        ("a long context", GptConfig { n_layer: 2, block_size: 256, ..small }, 8, 1, 0.0),
         ("f16", small, 16, 1, 0.1),
         ("f16, a large vocabulary", GptConfig { n_layer: 1, vocab_size: 20_000, ..small }, 1, 1, 0.0),
         ("attention_mlp", GptConfig { n_layer: 4, ..small }, 16, 1, 0.0),

@@ -188,6 +188,8 @@ fn score_gradients_are_kept_in_equal_rounds() {
     assert_eq!(heads_kept(Variant::Coop { edge: 8, f16: false }, 192, 1024, any), 96);
     assert_eq!(f32(129, 1024, any), 65);
     assert_eq!(f32(1, 1, any), 1);
+    assert_eq!(f32(0, 64, any), 0);
+    assert_eq!(f32(0, 0, any), 0);
     assert_eq!(f32(12, 4096, any), 6);
     assert_eq!(f32(12, 4097, any), 0);
     assert_eq!(f32(96, 1024, 128 << 20), 32);

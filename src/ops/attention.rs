@@ -317,8 +317,8 @@ const LONGEST_KEPT: usize = 4096;
 ///
 /// dS costs a write and a read and saves two of nine products: D / 2 FLOPs for each byte of f32, D of f16. GPUs make 10 to 30 in the time of one.
 pub fn heads_kept(variant: Variant, heads: usize, time: usize, largest_buffer: u64) -> usize {
-    let most = (LARGEST_KEPT.min(largest_buffer) / head_kept(variant, time)) as usize;
-    if most == 0 || time > LONGEST_KEPT { 0 } else { heads.div_ceil(heads.div_ceil(most)) } // rounds of one size
+    let most = (LARGEST_KEPT.min(largest_buffer) / head_kept(variant, time).max(1)) as usize;
+    if most == 0 || time > LONGEST_KEPT { 0 } else { heads.div_ceil(heads.div_ceil(most).max(1)) } // rounds of one size
 }
 
 /// A contiguous f32 tensor (B, H, T, 1) on qkv's device.

@@ -114,8 +114,9 @@ fn cooperative_kernels_run_through_wgpu() {
     }
     assert_eq!(
         count,
-        9 + 6,
-        "forward, dq and dkv, of f32 tensors, of f16 and of both; two, three (one of a held gradient) and one of the products' layouts"
+        12 + 7,
+        "forward, dq, dkv and dkv that keeps dS, of f32 tensors, of f16 and of both; three, three (one of a held gradient) and one of \
+         the products' layouts"
     );
 }
 

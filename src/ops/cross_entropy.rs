@@ -195,7 +195,8 @@ struct Wanted<'a> {
 fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor, wanted: Option<Wanted>) -> CubeTensor {
     let [vocab, channels] = w.meta.shape().dims::<2>();
     let rows = x.meta.shape().num_elements() / channels;
-    let f16 = x.dtype == DType::F16;
+    let dtype = x.dtype;
+    let f16 = dtype == DType::F16;
     let stride = logits_stride(vocab);
     let rounded = CubeBackend::as_multiplied(Tensors(vec![x.clone(), w.clone()])).0;
     let (x, w, held) = match rounded.as_slice() {
@@ -211,7 +212,7 @@ fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor,
     };
     count_kernel().launch((1, 1, 1), &[targets, scale, &count], &[rows as u32, u32::from(is_scaled)]);
     let chunk = chunk_rows(vocab, f16, false, kernel::largest_buffer(x)).min(rows);
-    let logits = kernel::empty_of(x, Shape::new([chunk, stride]), if f16 { DType::F16 } else { DType::F32 });
+    let logits = kernel::empty_of(x, Shape::new([chunk, stride]), dtype);
     let dlogits = match held {
         Some(_) => as_halves(&logits),
         None => logits.clone(),
@@ -221,6 +222,7 @@ fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor,
         (Some(_), None) => Gradient::Whole,
         (Some(_), Some(_)) => Gradient::Held,
     };
+    let kernel = rows_kernel(gradient, f16);
     for start in (0..rows).step_by(chunk) {
         let range = start..(start + chunk).min(rows);
         let here = range.len();
@@ -229,7 +231,7 @@ fn fused(variant: Variant, x: &CubeTensor, w: &CubeTensor, targets: &CubeTensor,
         Product { strides: [channels, channels, stride], ..product }.launch(variant, &logits);
         let [rows_here, vocab_size, row, first] = [here, vocab, stride, start].map(|size| size as u32);
         let params = [rows_here, vocab_size, row, first, held.unwrap_or(1.0).to_bits()];
-        rows_kernel(gradient, f16).launch(fold(here as u32), &[&logits, targets, &losses, &count], &params);
+        kernel.clone().launch(fold(here as u32), &[&logits, targets, &losses, &count], &params);
         if let Some(Wanted { dx, dw, .. }) = &wanted {
             // logits = x wᵀ  =>  dx = dlogits w, dw = Σ dlogitsᵀ x
             let strides = [dlogits.meta.shape()[1], channels, channels];

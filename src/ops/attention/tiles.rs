@@ -171,26 +171,30 @@ fn make(pass: Pass, version: Version, head_dim: usize, f16_storage: [bool; 2], d
             ];
             let enable = if f16_storage[0] { "enable f16;\n" } else { "" };
             let header = format!("{enable}{common}{}", declare(&constants));
-            let mut files = vec![PHILOX, include_str!("../../../wgsl/attention_scalar_products.wgsl")];
-            let (name, file) = match pass {
+            let products = include_str!("../../../wgsl/attention_scalar_products.wgsl");
+            let dkv = include_str!("../../../wgsl/attention_scalar_dkv.wgsl");
+            let (name, files) = match pass {
                 Pass::Forward => {
-                    ("attention_scalar_forward", include_str!("../../../wgsl/attention_scalar_forward.wgsl"))
+                    let forward = include_str!("../../../wgsl/attention_scalar_forward.wgsl");
+                    ("attention_scalar_forward", vec![PHILOX, products, forward])
                 }
-                Pass::Dq => ("attention_scalar_dq", include_str!("../../../wgsl/attention_scalar_dq.wgsl")),
+                Pass::Dq => {
+                    let dq = include_str!("../../../wgsl/attention_scalar_dq.wgsl");
+                    ("attention_scalar_dq", vec![PHILOX, products, dq])
+                }
                 Pass::Dkv => {
-                    files.push(include_str!("../../../wgsl/attention_scalar_no_ds.wgsl"));
-                    ("attention_scalar_dkv", include_str!("../../../wgsl/attention_scalar_dkv.wgsl"))
+                    let no_ds = include_str!("../../../wgsl/attention_scalar_no_ds.wgsl");
+                    ("attention_scalar_dkv", vec![PHILOX, products, no_ds, dkv])
                 }
                 Pass::DkvDs => {
-                    files.push(include_str!("../../../wgsl/attention_scalar_ds.wgsl"));
-                    ("attention_scalar_dkv_ds", include_str!("../../../wgsl/attention_scalar_dkv.wgsl"))
+                    let ds = include_str!("../../../wgsl/attention_scalar_ds.wgsl");
+                    ("attention_scalar_dkv_ds", vec![PHILOX, products, ds, dkv])
                 }
                 Pass::DqOfDs => {
-                    files.remove(0); // it draws nothing
-                    ("attention_scalar_dq_of_ds", include_str!("../../../wgsl/attention_scalar_dq_of_ds.wgsl"))
+                    let dq_of_ds = include_str!("../../../wgsl/attention_scalar_dq_of_ds.wgsl");
+                    ("attention_scalar_dq_of_ds", vec![products, dq_of_ds])
                 }
             };
-            files.push(file);
             Kernel::new(name, header, files, (t.threads(), 1, 1))
         }
         Variant::Coop { edge, f16 } => {
@@ -220,24 +224,30 @@ fn make(pass: Pass, version: Version, head_dim: usize, f16_storage: [bool; 2], d
                 elems[1],
                 declare(&constants)
             );
-            let mut files = vec![PHILOX, include_str!("../../../wgsl/attention_coop_memory.wgsl")];
-            let (name, file) = match pass {
-                Pass::Forward => ("attention_coop_forward", include_str!("../../../wgsl/attention_coop_forward.wgsl")),
-                Pass::Dq => ("attention_coop_dq", include_str!("../../../wgsl/attention_coop_dq.wgsl")),
+            let memory = include_str!("../../../wgsl/attention_coop_memory.wgsl");
+            let dkv = include_str!("../../../wgsl/attention_coop_dkv.wgsl");
+            let (name, files) = match pass {
+                Pass::Forward => {
+                    let forward = include_str!("../../../wgsl/attention_coop_forward.wgsl");
+                    ("attention_coop_forward", vec![PHILOX, memory, forward])
+                }
+                Pass::Dq => {
+                    let dq = include_str!("../../../wgsl/attention_coop_dq.wgsl");
+                    ("attention_coop_dq", vec![PHILOX, memory, dq])
+                }
                 Pass::Dkv => {
-                    files.push(include_str!("../../../wgsl/attention_coop_no_ds.wgsl"));
-                    ("attention_coop_dkv", include_str!("../../../wgsl/attention_coop_dkv.wgsl"))
+                    let no_ds = include_str!("../../../wgsl/attention_coop_no_ds.wgsl");
+                    ("attention_coop_dkv", vec![PHILOX, memory, no_ds, dkv])
                 }
                 Pass::DkvDs => {
-                    files.push(include_str!("../../../wgsl/attention_coop_ds.wgsl"));
-                    ("attention_coop_dkv_ds", include_str!("../../../wgsl/attention_coop_dkv.wgsl"))
+                    let ds = include_str!("../../../wgsl/attention_coop_ds.wgsl");
+                    ("attention_coop_dkv_ds", vec![PHILOX, memory, ds, dkv])
                 }
                 Pass::DqOfDs => {
-                    files.clear();
-                    ("attention_coop_dq_of_ds", include_str!("../../../wgsl/attention_coop_dq_of_ds.wgsl"))
+                    let dq_of_ds = include_str!("../../../wgsl/attention_coop_dq_of_ds.wgsl");
+                    ("attention_coop_dq_of_ds", vec![dq_of_ds])
                 }
             };
-            files.push(file);
             let threads = t.subgroups * SUBGROUP_SIZE;
             Kernel::new(name, header, files, (threads, 1, 1))
         }

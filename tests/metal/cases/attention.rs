@@ -180,13 +180,9 @@ impl Inputs {
         kept
     }
 
-    fn version(&self) -> Version {
-        Version { variant: self.variant, few_registers: true }
-    }
-
     fn tiled(&self) -> Vec<Case> {
         let s = self.shape;
-        let version = self.version();
+        let version = Version { variant: self.variant, few_registers: true };
         let make = |pass, first| {
             let f16 = [self.elem(), self.out_elem()].map(|elem| elem == Elem::F16);
             let (kernel, rows) = tiles::kernel(pass, version, s.head_dim, f16, self.dropout.is_on());

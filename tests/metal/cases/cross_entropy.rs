@@ -1,6 +1,6 @@
 //! The loss: how many targets count, a chunk of rows of losses with their gradient, the mean.
 
-use gpt_wgpu::ops::cross_entropy::{Gradient, IGNORED, count_kernel, mean_kernel, rows_kernel};
+use gpt_wgpu::ops::cross_entropy::{Gradient, IGNORED, count_kernel, logits_stride, mean_kernel, rows_kernel};
 
 use super::{Buffer, Case, Elem, two_rows};
 use crate::common::{Random, to_half, twins};
@@ -66,7 +66,7 @@ fn chunk(rows: usize, vocab: usize, first: usize, gradient: Gradient, f16: bool)
     const WEIGHT: f64 = 85.25;
     const HELD: f32 = 4.0; // 1 where the gradient is whole, for which the kernel does not care
     let (elem, tolerance) = Elem::activation(f16, 1e-5);
-    let stride = vocab.next_multiple_of(8);
+    let stride = logits_stride(vocab);
     let mut random = Random(vocab as u64);
     // Large logits: exponentials without a maximum taken off would overflow.
     let large = |v: &f64| if f16 { to_half(v * 60.0 + 50.0) } else { f64::from((v * 60.0 + 50.0) as f32) };

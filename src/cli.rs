@@ -184,7 +184,7 @@ fn explained<T>(device: &Device, out_dir: &Path, run: impl FnOnce() -> Result<T>
             Some(cause) => failed(cause),
             None => return Err(error),
         },
-        Err(_) => match failure::told(device) {
+        Err(_) => match failure::cause(device) {
             Some(cause) => failed(&cause),
             None => (panic_text(), PANIC_ADVICE),
         },

@@ -8,7 +8,8 @@
 use std::fmt::Debug;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
@@ -82,6 +83,7 @@ pub(crate) fn first_lines(text: &str) -> String {
 }
 
 /// A device whose errors are kept.
+#[derive(Clone)]
 struct Watched {
     cube: CubeDevice,
     device: wgpu::Device,
@@ -91,9 +93,30 @@ struct Watched {
 /// What wgpu told of a device, the first of each kind.
 #[derive(Default)]
 struct Told {
-    lost: OnceLock<DeviceError>,
+    lost: Mutex<Option<DeviceError>>,
+    loss: Condvar,
     error: OnceLock<DeviceError>,
 }
+
+impl Told {
+    fn lose(&self, error: DeviceError) {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.loss.notify_all();
+    }
+
+    /// That the device is lost, told within `patience`, else the first error.
+    fn within(&self, patience: Duration) -> Option<DeviceError> {
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.loss.wait_timeout_while(lost, patience, |lost| lost.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.clone().or_else(|| self.error.get().cloned())
+    }
+}
+
+/// How long a failure waits for work in flight: wgpu tells of a loss only then.
+const WORK_ENDS: Duration = Duration::from_secs(5);
+
+/// How long it then waits for another thread that polled and is about to tell.
+const LOSS_IS_TOLD: Duration = Duration::from_millis(200);
 
 static WATCHED: RwLock<Vec<Watched>> = RwLock::new(Vec::new());
 
@@ -108,7 +131,7 @@ pub fn watch(cube: CubeDevice, device: wgpu::Device) {
     let kept = told.clone();
     device.set_device_lost_callback(move |reason, message| {
         tracing::debug!("wgpu lost the device: {reason:?} {message}");
-        let _ = kept.lost.set(DeviceError::of_loss(reason, &message));
+        kept.lose(DeviceError::of_loss(reason, &message));
     });
     WATCHED.write().unwrap_or_else(PoisonError::into_inner).push(Watched { cube, device, told });
 }
@@ -134,14 +157,16 @@ pub fn devices() -> Vec<wgpu::Device> {
 
 /// What wgpu told of this device outside of any result: that it is lost, else the first error.
 pub fn told(device: &Device) -> Option<DeviceError> {
-    watched(device, |Watched { device, told, .. }| {
-        if told.error.get().is_some() {
-            // The loss of a device may come after the complaints that it causes, to who asks.
-            let _ = device.poll(wgpu::PollType::Poll);
-        }
-        told.lost.get().or(told.error.get()).cloned()
-    })
-    .flatten()
+    let told = watched(device, |watched| watched.told.clone())?;
+    told.within(Duration::ZERO).and_then(|_| cause(device))
+}
+
+/// The same after something failed on the device. A loss is told after what it causes: to the thread that polls when all work
+/// has ended, and there behind the callbacks of buffers that could not be mapped.
+pub fn cause(device: &Device) -> Option<DeviceError> {
+    let Watched { device, told, .. } = watched(device, Clone::clone)?;
+    let _ = device.poll(wgpu::PollType::Wait { submission_index: None, timeout: Some(WORK_ENDS) });
+    told.within(LOSS_IS_TOLD)
 }
 
 /// `result` of a read or a wait, unless the device failed before: then nothing that it says counts.
@@ -152,11 +177,7 @@ pub fn checked<T, E: Debug>(device: &Device, result: Result<T, E>) -> Result<T, 
     if let Some(error) = told(device) {
         return Err(error);
     }
-    result.map_err(|error| {
-        // The loss of a device may be told after what it causes, to who asks.
-        let asked = watched(device, |watched| watched.device.poll(wgpu::PollType::Poll));
-        asked.and_then(|_| told(device)).unwrap_or_else(|| DeviceError::of_burn(&error))
-    })
+    result.map_err(|error| cause(device).unwrap_or_else(|| DeviceError::of_burn(&error)))
 }
 
 /// The iteration that is worked on, and how many were begun: errors name the one, the watchdog looks at the other.
@@ -207,6 +228,24 @@ mod tests {
     fn texts_end_before_their_backtrace() {
         assert_eq!(first_lines("An error\nCaused by:\n  this\nBacktrace:\n 0: x"), "An error Caused by: this");
         assert_eq!(first_lines("Io(NotFound { reason: \"r\", backtrace: BackTrace"), "Io(NotFound { reason: \"r\"");
+    }
+
+    /// The other thread stands for one that polls: it tells of a loss after the read that failed for it has returned.
+    #[test]
+    fn a_loss_is_waited_for() {
+        let told = Arc::new(Told::default());
+        told.error.set(DeviceError::Other("a buffer could not be mapped".into())).unwrap();
+        assert!(matches!(told.within(Duration::ZERO), Some(DeviceError::Other(_))));
+        let late = told.clone();
+        let polling = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            late.lose(DeviceError::Lost("Destroyed".into()));
+            late.lose(DeviceError::Lost("again".into()));
+        });
+        let first = told.within(Duration::from_secs(60)).unwrap().to_string();
+        polling.join().unwrap();
+        assert_eq!(first, "the device was lost (Destroyed)");
+        assert_eq!(told.within(Duration::ZERO).unwrap().to_string(), first);
     }
 
     #[test]

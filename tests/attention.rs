@@ -8,8 +8,9 @@ use common::guarded::{Guarded, primitive};
 use common::twins::{self, AttentionShape};
 use common::*;
 use gpt_wgpu::kernel::{self, Kernels};
+use gpt_wgpu::ops::attention::causal_attention;
+use gpt_wgpu::ops::attention::launches::{heads_kept, launch, launch_delta, launch_gradients};
 use gpt_wgpu::ops::attention::tiles::{self, HEAD_DIMS, Pass, Variant, Version};
-use gpt_wgpu::ops::attention::{causal_attention, heads_kept, launch, launch_delta, launch_gradients};
 use gpt_wgpu::ops::dropout::Dropout;
 
 const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 0xfeed_beef_cafe, step: 3, site: 0x101 };

@@ -1,5 +1,5 @@
-// Causal attention, backward, dQ out of the dS' that dK/dV kept (attention_coop_ds.wgsl), with cooperative matrices: edge 16 on NVIDIA's
-// Vulkan, edge 8 on Metal. One product where attention_coop_dq.wgsl, which gets nothing, makes three.
+// Causal attention, backward, dQ out of the dS' that dK/dV kept (attention_coop_kept.wgsl, which is prepended), with cooperative matrices: edge
+// 16 on NVIDIA's Vulkan, edge 8 on Metal. One product where attention_coop_dq.wgsl, which gets nothing, makes three.
 //
 // One workgroup computes the gradient of BLOCK_Q = SUBGROUPS * ROW_BLOCKS * EDGE queries of one head, all D columns. A subgroup owns ROW_BLOCKS
 // blocks of EDGE queries:
@@ -21,11 +21,11 @@
 //     SUBGROUPS      of the workgroup, at least 2
 //     ROW_BLOCKS     row blocks of a subgroup, 1 or 2
 //     BLOCK_K        keys of a tile, 1 to 4 * EDGE
+//     KEPT           1, the binding of kept
 // Workgroup: SUBGROUPS * SUBGROUP_SIZE threads.
 // Grid: head_count * ceil(seq_len / BLOCK_Q) workgroups, folded into (x, y) when over 65535.
 //
-// Bindings: 0 qkv (B, T, 3C) elem; 1 kept, matrices of mat_elem as attention_coop_ds.wgsl says; 2 dqkv (B, T, 3C) elem, its q third is
-//           written; 3 params.
+// Bindings: 0 qkv (B, T, 3C) elem; 1 kept; 2 dqkv (B, T, 3C) elem, its q third is written; 3 params.
 
 struct Params {
     head_count: u32, // of the batch * heads, those of this launch ...
@@ -43,7 +43,6 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;
-@group(0) @binding(1) var<storage, read_write> kept: array<mat_elem>;
 @group(0) @binding(2) var<storage, read_write> dqkv: array<vec4<elem>>;
 @group(0) @binding(3) var<uniform> params: Params;
 
@@ -107,10 +106,9 @@ fn stage_tile(thread: u32) {
 
 // Matrix j of the tile's keys for one row block of queries. Nobody wrote those above the diagonal: the one on it is loaded, since loads must
 // not branch, and dropped.
-fn load_score_gradients(j: u32, block: u32, first_row: u32, key_tile: u32, query_tile: u32) {
-    let row = tiles_of_row();
-    let query = min(query_tile, row - 1u);
-    let at = ((first_row + min(key_tile + j, query)) * row + query) * (EDGE * EDGE);
+fn load_score_gradients(j: u32, block: u32, launch_head: u32, key_tile: u32, query_tile: u32) {
+    let query = min(query_tile, kept_row_tiles() - 1u);
+    let at = kept_at(launch_head, min(key_tile + j, query), query);
     let edge = EDGE;
     score_gradients[j * ROW_BLOCKS + block] = coopLoad<mat_a>(&kept[at], edge);
     if (key_tile + j > query) {
@@ -119,11 +117,11 @@ fn load_score_gradients(j: u32, block: u32, first_row: u32, key_tile: u32, query
 }
 
 // The tile's matrices of one row block
-fn load_all_score_gradients(block: u32, first_row: u32, key_tile: u32, query_tile: u32) {
-    load_score_gradients(0u, block, first_row, key_tile, query_tile);
-    if (KEY_TILES > 1u) { load_score_gradients(K1, block, first_row, key_tile, query_tile); }
-    if (KEY_TILES > 2u) { load_score_gradients(K2, block, first_row, key_tile, query_tile); }
-    if (KEY_TILES > 3u) { load_score_gradients(K3, block, first_row, key_tile, query_tile); }
+fn load_all_score_gradients(block: u32, launch_head: u32, key_tile: u32, query_tile: u32) {
+    load_score_gradients(0u, block, launch_head, key_tile, query_tile);
+    if (KEY_TILES > 1u) { load_score_gradients(K1, block, launch_head, key_tile, query_tile); }
+    if (KEY_TILES > 2u) { load_score_gradients(K2, block, launch_head, key_tile, query_tile); }
+    if (KEY_TILES > 3u) { load_score_gradients(K3, block, launch_head, key_tile, query_tile); }
 }
 
 // sums += dS K over matrix j of the tile's keys
@@ -174,11 +172,6 @@ fn store_block(block: u32, row_base: u32, inside: bool, subgroup_scratch: u32, l
     if (HEAD_TILES > 15u) { store_tile(block, 15u, row_base, inside, subgroup_scratch, lane, factor); }
 }
 
-// Matrices of a row of dS'
-fn tiles_of_row() -> u32 {
-    return (params.seq_len + 15u) / 16u * 16u / EDGE;
-}
-
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -193,8 +186,8 @@ fn main(
         return;
     }
     let query_start = (query_tiles - 1u - tile / head_count) * BLOCK_Q; // the longest rows first
-    let first_row = tile % head_count * tiles_of_row();             // of the head, in matrices
-    let batch_head = params.first_head + tile % head_count;
+    let launch_head = tile % head_count;
+    let batch_head = params.first_head + launch_head;
     let channel_quads = params.heads * DIM_QUADS;                       // C / 4
     let qkv_stride = 3u * channel_quads;                                // quads of one token of qkv
     let query_base = batch_head / params.heads * seq_len * qkv_stride + batch_head % params.heads * DIM_QUADS;
@@ -210,8 +203,8 @@ fn main(
     for (var key_start = 0u; key_start < key_end; key_start += BLOCK_K) {
         workgroupBarrier(); // the last tile's readers are done
         stage_tile(thread);
-        load_all_score_gradients(0u, first_row, key_start / EDGE, query_tile);
-        if (ROW_BLOCKS > 1u) { load_all_score_gradients(LAST_BLOCK, first_row, key_start / EDGE, query_tile + 1u); }
+        load_all_score_gradients(0u, launch_head, key_start / EDGE, query_tile);
+        if (ROW_BLOCKS > 1u) { load_all_score_gradients(LAST_BLOCK, launch_head, key_start / EDGE, query_tile + 1u); }
         workgroupBarrier();
         fetch_tile(key_base, qkv_stride, key_start + BLOCK_K, thread);
         add_dq(0u);

@@ -12,7 +12,7 @@
 // products where there is dropout, and with them its random words. Where there is none they multiply zeros: the branches cost every tile moves
 // of the sums, 2 % at 1024 tokens.
 //
-// Header: as attention_scalar_products.wgsl, which is prepended, says.
+// Header: as attention_scalar_products.wgsl, which is prepended as attention_scalar_store_dq.wgsl is, says.
 // Grid: batch * heads * ceil(seq_len / OWN) workgroups, folded into (x, y) when over 65535.
 //
 // Bindings: 0 qkv (B, T, 3C) elem; 1 dout (B, T, C) elem; 2 lse (B, H, T) f32; 3 delta (B, H, T) f32;
@@ -130,22 +130,6 @@ fn score_gradients(j: u32, h: u32, key_quad: u32, row: u32, scale: f32) {
     score_gradient(at + ROW_QUADS, slot, scale);
     score_gradient(at + 2u * ROW_QUADS, slot, scale);
     score_gradient(at + 3u * ROW_QUADS, slot, scale);
-}
-
-fn store_row(i: u32, query: u32, query_base: u32, qkv_stride: u32, scale: f32) {
-    if (query < params.seq_len) {
-        for (var c = 0u; c < OUT_QUADS; c++) {
-            let at = query_base + query * qkv_stride + thread_col + c * COL_THREADS;
-            dqkv[at] = vec4<elem>(sums[OUT_QUADS * i + c] * scale);
-        }
-    }
-}
-
-fn store_quad(h: u32, query: u32, query_base: u32, qkv_stride: u32, scale: f32) {
-    store_row(4u * h, query, query_base, qkv_stride, scale);
-    store_row(4u * h + 1u, query + 1u, query_base, qkv_stride, scale);
-    store_row(4u * h + 2u, query + 2u, query_base, qkv_stride, scale);
-    store_row(4u * h + 3u, query + 3u, query_base, qkv_stride, scale);
 }
 
 @compute @workgroup_size(THREADS)

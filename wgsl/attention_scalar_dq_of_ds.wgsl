@@ -1,4 +1,4 @@
-// Causal attention, backward, dQ out of the dS' that dK/dV kept (attention_scalar_ds.wgsl), without subgroups, f16 arithmetic or cooperative
+// Causal attention, backward, dQ out of the dS' that dK/dV kept (attention_scalar_kept.wgsl), without subgroups, f16 arithmetic or cooperative
 // matrices. One product where attention_scalar_dq.wgsl, which gets nothing, makes three.
 //
 // One workgroup computes the gradients of OWN queries of one head, all D columns:
@@ -8,11 +8,11 @@
 //     dQ = sums * scale
 // The next chunk is in registers meanwhile. Workgroups of the longest rows are launched first.
 //
-// Header: as attention_scalar_products.wgsl, which is prepended, says; DROPOUT and SCORE_QUADS make no difference.
+// Header: as attention_scalar_products.wgsl and attention_scalar_kept.wgsl, which are prepended as attention_scalar_store_dq.wgsl is, say;
+//         DROPOUT and SCORE_QUADS make no difference.
 // Grid: head_count * ceil(seq_len / OWN) workgroups, folded into (x, y) when over 65535.
 //
-// Bindings: 0 qkv (B, T, 3C) elem; 1 kept (head_count, T, ceil(T / 4)) vec4<f32>; 2 dqkv (B, T, 3C) elem, its q third is
-//           written; 3 params.
+// Bindings: 0 qkv (B, T, 3C) elem; 1 kept; 2 dqkv (B, T, 3C) elem, its q third is written; 3 params.
 
 struct Params {
     head_count: u32, // of the batch * heads, those of this launch ...
@@ -30,7 +30,6 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read_write> qkv: array<vec4<elem>>;
-@group(0) @binding(1) var<storage, read_write> kept: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> dqkv: array<vec4<elem>>;
 @group(0) @binding(3) var<uniform> params: Params;
 
@@ -40,14 +39,13 @@ var<private> next_left: array<vec4<f32>, LEFT_STEPS>;
 var<private> sums: Sums;
 
 // CHUNK rows of dS' at the own queries -> registers. Quads above the diagonal, most of which nobody wrote, are zeros.
-fn fetch_left(first_row: u32, first_key: u32, query_start: u32) {
-    let row_quads = (params.seq_len + 3u) / 4u;
+fn fetch_left(launch_head: u32, first_key: u32, query_start: u32) {
     for (var i = 0u; i < LEFT_STEPS; i++) {
         let index = thread + i * THREADS;
         let key = first_key + index / OWN_QUADS;
         let quad = query_start / 4u + index % OWN_QUADS;
         let last = params.seq_len - 1u;
-        let at = (first_row + min(key, last)) * row_quads + min(quad, row_quads - 1u);
+        let at = kept_at(launch_head, min(key, last), min(quad, kept_row_quads() - 1u));
         next_left[i] = select(vec4<f32>(), kept[at], key <= min(4u * quad + 3u, last));
     }
 }
@@ -61,22 +59,6 @@ fn stage_left() {
             tiles[k * OWN_QUADS + ((index % OWN_QUADS) ^ shuffle(k))] = next_left[i];
         }
     }
-}
-
-fn store_row(i: u32, query: u32, query_base: u32, qkv_stride: u32, scale: f32) {
-    if (query < params.seq_len) {
-        for (var c = 0u; c < OUT_QUADS; c++) {
-            let at = query_base + query * qkv_stride + thread_col + c * COL_THREADS;
-            dqkv[at] = vec4<elem>(sums[OUT_QUADS * i + c] * scale);
-        }
-    }
-}
-
-fn store_quad(h: u32, query: u32, query_base: u32, qkv_stride: u32, scale: f32) {
-    store_row(4u * h, query, query_base, qkv_stride, scale);
-    store_row(4u * h + 1u, query + 1u, query_base, qkv_stride, scale);
-    store_row(4u * h + 2u, query + 2u, query_base, qkv_stride, scale);
-    store_row(4u * h + 3u, query + 3u, query_base, qkv_stride, scale);
 }
 
 @compute @workgroup_size(THREADS)
@@ -93,8 +75,8 @@ fn main(
         return;
     }
     let query_start = (query_tiles - 1u - tile / head_count) * OWN; // the longest rows first
-    let first_row = tile % head_count * seq_len;
-    let batch_head = params.first_head + tile % head_count;
+    let launch_head = tile % head_count;
+    let batch_head = params.first_head + launch_head;
     let channel_quads = params.heads * DIM_QUADS;                   // C / 4
     let qkv_stride = 3u * channel_quads;                            // quads of one token of qkv
     let query_base = batch_head / params.heads * seq_len * qkv_stride + batch_head % params.heads * DIM_QUADS;
@@ -104,7 +86,7 @@ fn main(
     thread_row = thread / COL_THREADS;
     thread_col = thread % COL_THREADS;
     let key_end = min(query_start + OWN, seq_len);
-    fetch_left(first_row, 0u, query_start);
+    fetch_left(launch_head, 0u, query_start);
     fetch_rows(Rows(key_base, qkv_stride, 0u));
     for (var key_start = 0u; key_start < key_end; key_start += CHUNK) {
         workgroupBarrier();
@@ -112,7 +94,7 @@ fn main(
         stage_rows();
         workgroupBarrier();
         let next = min(key_start + CHUNK, key_end - 1u); // the last step fetches something again rather than branch
-        fetch_left(first_row, next, query_start);
+        fetch_left(launch_head, next, query_start);
         fetch_rows(Rows(key_base, qkv_stride, next));
         add_rows(&sums);
     }

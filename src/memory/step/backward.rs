@@ -2,7 +2,7 @@
 
 use super::{Buffer, Engine, F32, Half, Kept, Replayer, Use};
 use crate::cpu;
-use crate::ops::attention::bytes_kept;
+use crate::ops::attention::launches::bytes_kept;
 use crate::ops::layer_norm::BACKWARD_GROUPS;
 use crate::ops::linear::{BLOCK_ROWS, tiles::has_slopes};
 

@@ -157,8 +157,9 @@ fn make(pass: Pass, version: Version, head_dim: usize, f16_storage: [bool; 2], d
     // dK/dV binds what it keeps before the last two.
     match pass {
         Pass::Dkv => common += &declare(&[("CLOCK", 5), ("PARAMS", 6)]),
-        Pass::DkvDs => common += &declare(&[("CLOCK", 6), ("PARAMS", 7)]),
-        Pass::Forward | Pass::Dq | Pass::DqOfDs => {}
+        Pass::DkvDs => common += &declare(&[("KEPT", 5), ("CLOCK", 6), ("PARAMS", 7)]),
+        Pass::DqOfDs => common += &declare(&[("KEPT", 1)]),
+        Pass::Forward | Pass::Dq => {}
     }
     match variant {
         Variant::Scalar => {
@@ -172,6 +173,8 @@ fn make(pass: Pass, version: Version, head_dim: usize, f16_storage: [bool; 2], d
             let enable = if f16_storage[0] { "enable f16;\n" } else { "" };
             let header = format!("{enable}{common}{}", declare(&constants));
             let products = include_str!("../../../wgsl/attention_scalar_products.wgsl");
+            let kept = include_str!("../../../wgsl/attention_scalar_kept.wgsl");
+            let store_dq = include_str!("../../../wgsl/attention_scalar_store_dq.wgsl");
             let dkv = include_str!("../../../wgsl/attention_scalar_dkv.wgsl");
             let (name, files) = match pass {
                 Pass::Forward => {
@@ -180,7 +183,7 @@ fn make(pass: Pass, version: Version, head_dim: usize, f16_storage: [bool; 2], d
                 }
                 Pass::Dq => {
                     let dq = include_str!("../../../wgsl/attention_scalar_dq.wgsl");
-                    ("attention_scalar_dq", vec![PHILOX, products, dq])
+                    ("attention_scalar_dq", vec![PHILOX, products, store_dq, dq])
                 }
                 Pass::Dkv => {
                     let no_ds = include_str!("../../../wgsl/attention_scalar_no_ds.wgsl");
@@ -188,11 +191,11 @@ fn make(pass: Pass, version: Version, head_dim: usize, f16_storage: [bool; 2], d
                 }
                 Pass::DkvDs => {
                     let ds = include_str!("../../../wgsl/attention_scalar_ds.wgsl");
-                    ("attention_scalar_dkv_ds", vec![PHILOX, products, ds, dkv])
+                    ("attention_scalar_dkv_ds", vec![PHILOX, products, kept, ds, dkv])
                 }
                 Pass::DqOfDs => {
                     let dq_of_ds = include_str!("../../../wgsl/attention_scalar_dq_of_ds.wgsl");
-                    ("attention_scalar_dq_of_ds", vec![products, dq_of_ds])
+                    ("attention_scalar_dq_of_ds", vec![products, kept, store_dq, dq_of_ds])
                 }
             };
             Kernel::new(name, header, files, (t.threads(), 1, 1))
@@ -225,6 +228,7 @@ fn make(pass: Pass, version: Version, head_dim: usize, f16_storage: [bool; 2], d
                 declare(&constants)
             );
             let memory = include_str!("../../../wgsl/attention_coop_memory.wgsl");
+            let kept = include_str!("../../../wgsl/attention_coop_kept.wgsl");
             let dkv = include_str!("../../../wgsl/attention_coop_dkv.wgsl");
             let (name, files) = match pass {
                 Pass::Forward => {
@@ -241,11 +245,11 @@ fn make(pass: Pass, version: Version, head_dim: usize, f16_storage: [bool; 2], d
                 }
                 Pass::DkvDs => {
                     let ds = include_str!("../../../wgsl/attention_coop_ds.wgsl");
-                    ("attention_coop_dkv_ds", vec![PHILOX, memory, ds, dkv])
+                    ("attention_coop_dkv_ds", vec![PHILOX, memory, kept, ds, dkv])
                 }
                 Pass::DqOfDs => {
                     let dq_of_ds = include_str!("../../../wgsl/attention_coop_dq_of_ds.wgsl");
-                    ("attention_coop_dq_of_ds", vec![dq_of_ds])
+                    ("attention_coop_dq_of_ds", vec![kept, dq_of_ds])
                 }
             };
             let threads = t.subgroups * SUBGROUP_SIZE;

@@ -163,8 +163,8 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "dS counted from the first of all heads", kernel: "attention_scalar_dkv_ds", constants: &[F32, D32, KEEPS],
-        from: "let first_row = launch_head * params.seq_len;",
-        to: "let first_row = (params.first_head + launch_head) * params.seq_len;", found_by: Layer::Bounds,
+        from: "return (launch_head * params.seq_len + key)",
+        to: "return ((params.first_head + launch_head) * params.seq_len + key)", found_by: Layer::Bounds,
     },
     Fault {
         what: "no barrier between writers and readers", kernel: "attention_scalar_dq_of_ds", constants: &[F32, D64],
@@ -176,7 +176,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "the head of another launch", kernel: "attention_scalar_dq_of_ds", constants: &[F32, D32],
-        from: "let batch_head = params.first_head + tile % head_count;", to: "let batch_head = tile % head_count;", found_by: Layer::Values,
+        from: "let batch_head = params.first_head + launch_head;", to: "let batch_head = launch_head;", found_by: Layer::Values,
     },
     Fault {
         what: "the keys on the diagonal left out", kernel: "attention_scalar_dq_of_ds", constants: &[F32, D64],
@@ -274,7 +274,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "matrices of dS behind the last", kernel: "attention_coop_dkv_ds", constants: &[F32, D64, KEEPS, F16_PRODUCTS],
-        from: "if (first_key / EDGE < row && first_query / EDGE < row)", to: "if (first_query / EDGE < row)", found_by: Layer::Bounds,
+        from: "if (first_key / EDGE < kept_row_tiles() && first_query", to: "if (first_query", found_by: Layer::Bounds,
     },
     Fault {
         what: "dS of keys above the diagonal", kernel: "attention_coop_dq_of_ds", constants: &[F32, D64, F16_PRODUCTS],
@@ -282,7 +282,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         what: "a matrix of dS behind the last", kernel: "attention_coop_dq_of_ds", constants: &[F32, D64, F16_PRODUCTS],
-        from: "let query = min(query_tile, row - 1u);", to: "let query = query_tile;", found_by: Layer::Bounds,
+        from: "let query = min(query_tile, kept_row_tiles() - 1u);", to: "let query = query_tile;", found_by: Layer::Bounds,
     },
     Fault {
         what: "a tile overwritten while it is read", kernel: "attention_coop_dq_of_ds", constants: &[F32, D64, F16_PRODUCTS],

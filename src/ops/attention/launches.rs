@@ -25,7 +25,7 @@ fn params(qkv: &CubeTensor, out: &CubeTensor, n_head: usize, heads: Range<usize>
 /// Queues one of the tiled kernels over `tensors`, bound in the order that its file states; all are contiguous. Cooperative ones take an
 /// f32 out or dout beside qkv in f16 too, and dqkv is held then.
 ///
-/// For the tests and benchmarks, which give their own outputs; the model calls [`causal_attention`].
+/// For the tests and benchmarks, which give their own outputs; the model calls [`causal_attention`](super::causal_attention).
 pub fn launch(pass: Pass, version: Version, n_head: usize, dropout: Dropout, tensors: &[&CubeTensor]) {
     let heads = 0..tensors[0].meta.shape()[0] * n_head;
     launch_heads(pass, version, n_head, heads, dropout, tensors, tensors[1]);

@@ -17,7 +17,7 @@ use gpt_wgpu::model::Gpt;
 use gpt_wgpu::optim::Optimizer;
 use gpt_wgpu::precision::Dtype;
 use gpt_wgpu::replay::Replay;
-use gpt_wgpu::train::Step;
+use gpt_wgpu::step::Step;
 
 const WARMUP: usize = 5;
 /// Steps that are timed, where nobody asks for another number.

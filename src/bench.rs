@@ -25,7 +25,7 @@ use crate::replay::Replay;
 use crate::report::{Backend, BenchConfig, BenchReport, Device, Dtype, Machine, Mfu, Op, Timer};
 use crate::rng;
 use crate::startup;
-use crate::train::Step;
+use crate::step::Step;
 use crate::warmup;
 
 /// What to measure. The kernels are the process's choice ([`kernel::choose`]).

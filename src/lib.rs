@@ -57,6 +57,8 @@ pub mod rng;
 pub mod sample;
 /// A program's start taken apart.
 pub mod startup;
+/// One training step: what training and bench repeat.
+pub mod step;
 /// What the program prints.
 mod terminal;
 /// Text to tokens and back.

@@ -25,7 +25,7 @@ use crate::kernel::{self, Kernels, clock};
 use crate::model::Gpt;
 use crate::optim::Optimizer;
 use crate::parameters::{self, Visit};
-use crate::train::Step;
+use crate::step::Step;
 
 /// Launches of a step at most. CubeCL keeps a bind group and up to one page of 32 KiB for each; and where a step has more, they
 /// are those of many micro-batches, which the device is long busy with.

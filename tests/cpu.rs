@@ -19,7 +19,7 @@ use gpt_wgpu::ops::layer_norm::layer_norm;
 use gpt_wgpu::ops::linear::{Gelu, linear, linear_gelu, linear_residual};
 use gpt_wgpu::optim::Optimizer;
 use gpt_wgpu::parameters::{self, Visit};
-use gpt_wgpu::train::Step;
+use gpt_wgpu::step::Step;
 
 const DROPOUT: Dropout = Dropout { probability: 0.3, seed: 0x1234_5678_9abc, step: 7, site: 0x105 };
 

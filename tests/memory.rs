@@ -17,7 +17,7 @@ use gpt_wgpu::ops::linear::Gelu;
 use gpt_wgpu::optim::Optimizer;
 use gpt_wgpu::recompute::Recompute;
 use gpt_wgpu::replay::Replay;
-use gpt_wgpu::train::Step;
+use gpt_wgpu::step::Step;
 
 const CHAR: GptConfig =
     GptConfig { n_layer: 6, n_head: 6, n_embd: 384, block_size: 256, vocab_size: 65, bias: false, gelu: Gelu::Erf };

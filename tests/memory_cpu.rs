@@ -13,7 +13,7 @@ use gpt_wgpu::model::{Gpt, GptConfig};
 use gpt_wgpu::ops::linear::Gelu;
 use gpt_wgpu::optim::Optimizer;
 use gpt_wgpu::recompute::Recompute;
-use gpt_wgpu::train::Step;
+use gpt_wgpu::step::Step;
 
 /// The system's allocator, which keeps count.
 struct Counting;

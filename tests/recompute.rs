@@ -18,7 +18,7 @@ use gpt_wgpu::optim::{GradientSum, Optimizer};
 use gpt_wgpu::parameters::{self, Visit};
 use gpt_wgpu::recompute::{self, Recompute};
 use gpt_wgpu::report::BenchReport;
-use gpt_wgpu::train::{self, Step};
+use gpt_wgpu::step::{self, Step};
 
 const VOCABULARY: usize = 37;
 
@@ -150,7 +150,7 @@ fn gradients_are_summed_in_place() {
         parameters::visit(&model, &mut names);
         let mut sum = GradientSum::default();
         let mut places = |position| -> Vec<_> {
-            let (tokens, targets) = train::upload(&batch(&config, position), config.data.batch_size, &device);
+            let (tokens, targets) = step::upload(&batch(&config, position), config.data.batch_size, &device);
             let dropout = Dropout { probability: 0.1, seed: 1, step: position as u32, site: 0 };
             let scale = Scale(Optimizer::new(false, &inner).memory);
             recompute::gradients(&model, tokens, targets, dropout, scale, recompute, &mut sum).unwrap();

@@ -22,7 +22,8 @@ use gpt_wgpu::parameters::{self, Visit};
 use gpt_wgpu::prepare::{Source, prepare};
 use gpt_wgpu::recompute::Recompute;
 use gpt_wgpu::replay::Replay;
-use gpt_wgpu::train::{self, Ended, Run, Start, Step};
+use gpt_wgpu::step::{self, Step};
+use gpt_wgpu::train::{self, Ended, Run, Start};
 
 const VOCABULARY: usize = 37;
 
@@ -119,7 +120,7 @@ fn replayed_steps_are_steps_made_anew_to_the_bit() {
                     if i == 6 {
                         // As an evaluation does
                         replay.forget();
-                        let (x, y) = train::upload(&batch(&config, 99), config.data.batch_size, &device);
+                        let (x, y) = step::upload(&batch(&config, 99), config.data.batch_size, &device);
                         use burn::module::Module;
                         let dropout = gpt_wgpu::ops::dropout::Dropout::OFF;
                         assert!(values(model.valid().rounded().loss(x, y, dropout))[0].is_finite());

@@ -17,7 +17,8 @@ use gpt_wgpu::ops::verdict::{self, state};
 use gpt_wgpu::optim::Optimizer;
 use gpt_wgpu::parameters::{self, Visit};
 use gpt_wgpu::prepare::{Source, prepare};
-use gpt_wgpu::train::{self, Ended, Run, Start, Step};
+use gpt_wgpu::step::Step;
+use gpt_wgpu::train::{self, Ended, Run, Start};
 use tempfile::TempDir;
 
 const CONFIG: &str = "

@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::data::Batch;
 use crate::model::Gpt;
 use crate::optim::{self, Optimizer};
-use crate::train::Step;
+use crate::step::Step;
 
 const STEPS: u64 = 20;
 const VOCABULARY: usize = 29;

@@ -180,9 +180,14 @@ pub fn checked<T, E: Debug>(device: &Device, result: Result<T, E>) -> Result<T, 
     result.map_err(|error| cause(device).unwrap_or_else(|| DeviceError::of_burn(&error)))
 }
 
-/// The iteration that is worked on, and how many were begun: errors name the one, the watchdog looks at the other.
+/// The iteration that is worked on or comes first, and how many were begun: errors name the one, the watchdog looks at the other.
 static ITERATION: AtomicU64 = AtomicU64::new(0);
 static BEGUN: AtomicU64 = AtomicU64::new(0);
+
+/// Notes that a run starts at iteration `iter`, which has not begun: an error on the way there is to name it too.
+pub fn start(iter: u64) {
+    ITERATION.store(iter, Ordering::Relaxed);
+}
 
 /// Notes that the run begins iteration `iter`.
 pub fn begin(iter: u64) {
@@ -190,7 +195,7 @@ pub fn begin(iter: u64) {
     BEGUN.fetch_add(1, Ordering::Relaxed);
 }
 
-/// The iteration that was begun last.
+/// The iteration that was begun last, before it the one that comes first.
 pub fn iteration() -> u64 {
     ITERATION.load(Ordering::Relaxed)
 }

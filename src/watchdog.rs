@@ -83,9 +83,9 @@ fn end(limit: Duration, out_dir: &std::path::Path) -> ! {
          a time by a smaller batch_size"
     );
     terminal::warn(format!("error: {}", failure::story(&what, out_dir, &advice)));
-    // A hanging driver may also hang in what it does at exit.
+    // A hanging driver may also hang in what it does at exit; one that still works has been seen to take six seconds there.
     thread::spawn(|| {
-        thread::sleep(Duration::from_secs(10));
+        thread::sleep(Duration::from_secs(60));
         std::process::abort();
     });
     std::process::exit(1)

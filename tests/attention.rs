@@ -298,7 +298,7 @@ fn other_head_dimensions_fall_back_on_the_composed_version() {
 fn fused_and_composed_training_give_the_same_losses() {
     let dir = tempfile::tempdir().unwrap();
     let run = |kernels: &str| {
-        let output = std::process::Command::new(env!("CARGO_BIN_EXE_gpt-wgpu"))
+        let output = program::gpt_wgpu()
             .current_dir(dir.path())
             .args(["train", "--dataset=builtin", "--n-layer=2", "--n-head=2", "--n-embd=64", "--block-size=48"])
             .args(["--batch-size=3", "--max-iters=20", "--eval-interval=100", "--eval-iters=1", "--log-interval=1"])

@@ -238,9 +238,9 @@ fn a_kill_between_the_renames_leaves_a_checkpoint() {
 
 #[test]
 fn a_kill_at_any_moment_leaves_a_loadable_checkpoint() {
-    let sandbox = Sandbox::new();
     let args = [&["train"], TINY, &["--max-iters=100000", "--eval-interval=1"]].concat();
     for wait in [1, 37, 111, 190] {
+        let sandbox = Sandbox::new(); // counted from its first checkpoint
         let mut child = sandbox.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let saved = sandbox.path("out/checkpoints/last");
         let started = Instant::now();
@@ -287,11 +287,9 @@ fn a_full_disk_while_saving_keeps_the_previous_checkpoint() {
     let sandbox = Sandbox::new();
     sandbox.trained();
     let before = std::fs::read(sandbox.path("out/checkpoints/last/model.safetensors")).unwrap();
-    let script = format!(
-        "trap '' XFSZ; ulimit -f 8; exec {} train --resume --out-dir=out --max-iters=8",
-        env!("CARGO_BIN_EXE_gpt-wgpu")
-    );
-    let output = Command::new("bash").args(["-c", &script]).current_dir(sandbox.0.path()).output().unwrap();
+    let script = r#"trap '' XFSZ; ulimit -f 8; exec "$0" train --resume --out-dir=out --max-iters=8"#;
+    let program = env!("CARGO_BIN_EXE_gpt-wgpu");
+    let output = Command::new("bash").args(["-c", script, program]).current_dir(sandbox.0.path()).output().unwrap();
     refused(&output, 1, &["was not saved", "previous checkpoint", "model.safetensors"]);
     assert!(before == std::fs::read(sandbox.path("out/checkpoints/last/model.safetensors")).unwrap());
     let output = sandbox.run(&["train", "--resume", "--out-dir=out", "--max-iters=8"]);

@@ -28,7 +28,7 @@ impl Sandbox {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gpt-wgpu"));
+        let mut command = common::program::gpt_wgpu();
         command.args(args).current_dir(self.0.path());
         command
     }

@@ -382,8 +382,11 @@ fn interrupted(sandbox: &Sandbox, more: &[&str], ready: &str) -> (Output, bool) 
 #[test]
 fn ctrl_c_ends_what_has_nothing_to_save() {
     let sandbox = Sandbox::new();
-    let (_, ended) = interrupted(&sandbox, &["--sample-tokens=1000000000"], "---------------");
+    let (output, ended) = interrupted(&sandbox, &["--sample-tokens=1000000000"], "---------------");
     assert!(ended, "the sample went on");
-    let (_, ended) = interrupted(&sandbox, &["--eval-only", "--eval-iters=1000000"], "tokens per iteration");
+    assert_eq!(output.status.code(), Some(0), "the training before the sample is done and saved");
+    let (output, ended) =
+        interrupted(&sandbox, &["--eval-only", "--eval-iters=1000000", "--batch-size=64"], "tokens per iteration");
     assert!(ended, "the evaluation went on");
+    assert_eq!(output.status.code(), Some(130));
 }

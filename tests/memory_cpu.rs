@@ -99,6 +99,10 @@ fn the_loops_take_what_is_estimated() {
     let chosen = device::choose(DeviceSpec::Cpu).unwrap();
     let mib = |bytes: f64| bytes / f64::from(1 << 20);
     let mut wrong = Vec::new();
+    // `gemm` keeps a block as large as the cache for each thread from a process's first products on.
+    let mut largest = Config::default();
+    (largest.data.batch_size, largest.data.gradient_accumulation_steps) = (64, 1);
+    measured(&small, &largest);
     for (name, gpt, batch_size, accumulation, dropout, recompute) in cases {
         let mut config = Config::default();
         (config.model.n_layer, config.model.n_head, config.model.n_embd) = (gpt.n_layer, gpt.n_head, gpt.n_embd);

@@ -3,7 +3,6 @@
 mod common;
 
 use std::collections::{BTreeMap, HashSet};
-use std::process::Command;
 
 use burn::tensor::{Device, Tensor};
 use common::guarded::primitive;
@@ -180,7 +179,7 @@ const DEEP: &[&str] = &[
 /// Most bytes that the adapter's allocator held in a process of its own that trained the deep model.
 fn peak(adapter: &str, recompute: &str, accumulation: usize) -> u64 {
     let dir = tempfile::tempdir().unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_gpt-wgpu"));
+    let mut command = common::program::gpt_wgpu();
     command.arg("bench").args(DEEP).arg(format!("--device={adapter}")).arg(format!("--recompute={recompute}"));
     command.arg(format!("--gradient-accumulation-steps={accumulation}")).current_dir(dir.path());
     let output = command.output().unwrap();

@@ -78,6 +78,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     }
     say(precision.to_string());
     let bare = args.config.is_none() && !given(matches, "dataset") && resumed.is_none();
+    let first_iter = resumed.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
     let origin = Origin::of(&config, resumed)?;
     let known = origin.shape();
     let vocab_size = match (known, config.model.vocab_size) {
@@ -102,6 +103,12 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     }
     write_config(&config)?;
     startup::part("data");
+    let stop = if config.train.eval_only {
+        end_at_ctrl_c()?;
+        &NEVER
+    } else {
+        stop_flag()?
+    };
     say(format!(
         "dataset: {}: {} train and {} val tokens, vocabulary {}",
         dir.display(),
@@ -112,12 +119,7 @@ pub fn run(args: &TrainArgs, matches: &ArgMatches) -> Result<()> {
     say(format!("number of parameters: {:.2}M", gpt.parameters() as f64 / 1e6));
     say(format!("tokens per iteration will be: {}", config.tokens_per_iter()));
 
-    let stop = if config.train.eval_only {
-        end_at_ctrl_c()?;
-        &NEVER
-    } else {
-        stop_flag()?
-    };
+    failure::start(first_iter);
     let watchdog = Watchdog::start(failure::wgpu_device(&chosen.device), config.train.out_dir.clone())?;
     let (model, ended) = explained(&chosen.device, &config.train.out_dir, || {
         let run = Run {

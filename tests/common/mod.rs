@@ -3,6 +3,7 @@
 #![allow(dead_code, unused_imports)] // each test binary uses its part
 
 pub mod guarded;
+pub mod program;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use gpt_wgpu::device::{self, DeviceSpec};

@@ -2,6 +2,9 @@
 
 #![allow(dead_code)] // each test binary uses its part
 
+#[path = "program.rs"]
+mod program;
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -36,7 +39,7 @@ impl Sandbox {
     }
 
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gpt-wgpu"));
+        let mut command = program::gpt_wgpu();
         // A mirror that refuses at once: no test may depend on the network.
         command.args(args).current_dir(self.0.path()).env("GPT_WGPU_SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt");
         command

@@ -5,6 +5,7 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use crate::lower::{Shader, constructors};
 
@@ -37,6 +38,8 @@ impl Build {
 pub struct Clang {
     path: PathBuf,
     version: String,
+    /// What -march=native stands for here: a cache of objects may come from a machine with another processor.
+    processor: String,
     folder: PathBuf,
 }
 
@@ -56,7 +59,12 @@ impl Clang {
             if version.split('.').next().and_then(|v| v.parse().ok()).is_some_and(|v: u32| v >= OLDEST) {
                 let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("metal");
                 fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-                return Ok(Self { path: name.into(), version: version.into(), folder });
+                let macros = Command::new(&name)
+                    .args(["-march=native", "-dM", "-E", "-x", "c++", "/dev/null"])
+                    .output()
+                    .map_err(|e| format!("{name}: {e}"))?;
+                let processor = String::from_utf8_lossy(&macros.stdout).into_owned();
+                return Ok(Self { path: name.into(), version: version.into(), processor, folder });
             }
         }
         Err(format!(
@@ -89,6 +97,9 @@ impl Clang {
     /// clang's words.
     pub fn link(&self, objects: &[PathBuf], name: &str, build: Build) -> Result<PathBuf, String> {
         let program = self.folder.join(name);
+        // Every program has them: one thread makes them, the others find them.
+        static SHARED: Mutex<()> = Mutex::new(());
+        let shared = SHARED.lock();
         let mut command = Command::new(&self.path);
         command.args(objects);
         for part in ["runtime", "checker"] {
@@ -102,6 +113,7 @@ impl Clang {
                 &["-std=c++20", "-O2", "-march=native", "-Wall", "-Werror", flush],
             )?);
         }
+        drop(shared);
         run(command.args(["-lm", "-o"]).arg(&program))?;
         Ok(program)
     }
@@ -132,7 +144,7 @@ impl Clang {
         let object = source.with_extension("o");
         let record = source.with_extension("key");
         let mut hasher = DefaultHasher::new();
-        (text, flags, &self.version, headers()).hash(&mut hasher);
+        (text, flags, &self.version, &self.processor, headers()).hash(&mut hasher);
         let key = format!("{:016x}", hasher.finish());
         if object.exists() && fs::read_to_string(&record).is_ok_and(|old| old == key) {
             return Ok(object);

@@ -331,7 +331,14 @@ fn a_devices_pool_holds_what_is_estimated() {
             assert!(plan.estimate.total() >= plan.estimate.settled, "{name}");
             Some(peak)
         };
-        let (Some(anew), Some(replayed)) = (peak(false), peak(true)) else {
+        let Some(replayed) = peak(true) else {
+            return;
+        };
+        // Made anew, what steps keep is the same again: three cases are enough on a software rasteriser.
+        if !["many activations", "dropout, biases", "accumulation"].contains(&name) {
+            continue;
+        }
+        let Some(anew) = peak(false) else {
             return;
         };
         // A page more or less: before a recording CubeCL empties the pages of outgrown sizes.

@@ -287,9 +287,11 @@ fn a_full_disk_while_saving_keeps_the_previous_checkpoint() {
     let sandbox = Sandbox::new();
     sandbox.trained();
     let before = std::fs::read(sandbox.path("out/checkpoints/last/model.safetensors")).unwrap();
-    let script = r#"trap '' XFSZ; ulimit -f 8; exec "$0" train --resume --out-dir=out --max-iters=8"#;
-    let program = env!("CARGO_BIN_EXE_gpt-wgpu");
-    let output = Command::new("bash").args(["-c", script, program]).current_dir(sandbox.0.path()).output().unwrap();
+    let output = sandbox::program::limited("trap '' XFSZ; ulimit -f 8", env!("CARGO_BIN_EXE_gpt-wgpu"))
+        .args(["train", "--resume", "--out-dir=out", "--max-iters=8"])
+        .current_dir(sandbox.0.path())
+        .output()
+        .unwrap();
     refused(&output, 1, &["was not saved", "previous checkpoint", "model.safetensors"]);
     assert!(before == std::fs::read(sandbox.path("out/checkpoints/last/model.safetensors")).unwrap());
     let output = sandbox.run(&["train", "--resume", "--out-dir=out", "--max-iters=8"]);

@@ -11,6 +11,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use burn::tensor::Tensor;
+use common::program;
 use gpt_wgpu::checkpoint::read;
 use gpt_wgpu::{cli, device, failure};
 use tempfile::TempDir;
@@ -48,22 +49,19 @@ impl Sandbox {
     }
 
     fn run(&self, args: &[&str], environment: &[(&str, &str)]) -> Output {
-        let mut command = self.command(env!("CARGO_BIN_EXE_gpt-wgpu"));
-        command.args(args).envs(environment.iter().copied()).output().unwrap()
+        self.inside(program::gpt_wgpu()).args(args).envs(environment.iter().copied()).output().unwrap()
     }
 
-    /// In the sandbox's folder, and with a folder for what Mesa would complain of else.
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
+    /// The command in the sandbox's folder, and with a folder for what Mesa would complain of else.
+    fn inside(&self, mut command: Command) -> Command {
         command.current_dir(self.0.path()).env("XDG_RUNTIME_DIR", self.0.path());
-        common::program::forget_settings(&mut command);
         command
     }
 
     /// `program` with `args` under a shell's `limits`.
     fn limited(&self, limits: &str, program: impl AsRef<OsStr>, args: &[&str]) -> Command {
-        let mut command = self.command("bash");
-        command.arg("-c").arg(format!(r#"{limits}; exec "$0" "$@""#)).arg(program).args(args);
+        let mut command = self.inside(program::limited(limits, program));
+        command.args(args);
         command
     }
 

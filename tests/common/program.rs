@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each test binary uses its part
 
+use std::ffi::OsStr;
 use std::process::Command;
 
 /// The program in the current folder.
@@ -11,8 +12,16 @@ pub fn gpt_wgpu() -> Command {
     command
 }
 
+/// `program` under a shell's `limits`; its arguments are added to the command.
+pub fn limited(limits: &str, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("bash");
+    command.arg("-c").arg(format!(r#"{limits}; exec "$0" "$@""#)).arg(program);
+    forget_settings(&mut command);
+    command
+}
+
 /// Takes out what would change what the program prints or does.
-pub fn forget_settings(command: &mut Command) {
+fn forget_settings(command: &mut Command) {
     for name in ["GPT_WGPU_LOG", "GPT_WGPU_DOCTOR_SPOIL", "GPT_WGPU_WATCHDOG_S"] {
         command.env_remove(name);
     }

@@ -3,7 +3,7 @@
 #![allow(dead_code)] // each test binary uses its part
 
 #[path = "program.rs"]
-mod program;
+pub mod program;
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
